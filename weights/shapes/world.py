@@ -1,0 +1,615 @@
+"""A small world in which the truth of every edit is known, and a judge that measures results against it.
+
+A scene is a ground with one to three flat shapes; an edit is a sentence and the scene that it leads to. Both are drawn
+from a seed, so data never runs out and every target is exact. The kinds are those of VIE-Bench in miniature (InstructX,
+arXiv 2510.08485, sec. 4): swap, color, add, remove, style, tone, hybrid, ref_swap, ref_add.
+
+What is unusual:
+- Whatever an instruction leaves open is settled by a rule, so that one target is right: what is swapped or recolored keeps
+  its size and path; what is added stands still in the middle of its cell; what is added from a reference is large.
+- Some combinations of shape and color, and of shape, color and place, never occur in the split "train": not in sources,
+  targets, references or questions. In the split "heldout" every edit touches one (a style or tone edit: the scene holds one).
+- A result is judged against the target and against its rivals, pictures with one fact wrong. A circle and a square
+  of one size share four fifths of their pixels, so a threshold on the error alone would accept one for the other.
+
+Success means that all of these hold (mean absolute errors, pixels in [0, 1], over all frames):
+  inside   error over the pixels that should change, divided by their change, is below 0.30
+  outside  error over all other pixels is below 0.03
+  window   no 8x8 window of any frame has an error above 0.12
+  rival    where a rival differs from the target, the result is nearer to the target
+
+T frames, H W pixels; positions and radii are fractions of the frame's side, y pointing down.
+
+    python weights/shapes/world.py make data/train --count 20000 --video-share 0.3 --seed 0
+    python weights/shapes/world.py score data/heldout results --json scores.json
+    python weights/shapes/world.py show sheet.png --seed 0
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+INSIDE, OUTSIDE, WINDOW = 0.30, 0.03, 0.12  # the judge's limits; see above
+WINDOW_SIDE = 8
+CHANGED = 8 / 255   # a pixel should change when one of its channels moves by more than this
+VISIBLE = 0.08      # rivals that differ from the target by less, on average where they differ at all, are not held against it
+
+SEEDS = 10**7       # cases between one --seed and the next
+
+KINDS = ("swap", "color", "add", "remove", "style", "tone", "hybrid", "ref_swap", "ref_add")
+SHAPES = ("circle", "square", "triangle", "star")
+COLORS = {
+    "red": (214, 28, 44), "orange": (250, 126, 10), "yellow": (255, 228, 44), "green": (28, 146, 70),
+    "blue": (28, 82, 226), "purple": (134, 40, 178), "pink": (255, 106, 184), "black": (26, 26, 32),
+}
+PLAIN = ("white", "gray", "sand")
+GROUNDS = {  # top and bottom color; equal for plain grounds
+    "white": ((244, 244, 242), (244, 244, 242)), "gray": ((202, 206, 211), (202, 206, 211)),
+    "sand": ((231, 216, 186), (231, 216, 186)), "sky": ((158, 202, 242), (228, 242, 250)),
+    "mint": ((224, 243, 228), (166, 213, 180)), "lilac": ((240, 234, 250), (212, 202, 234)),
+}
+RADII = {"small": 6 / 64, "large": 9 / 64, "huge": 20 / 64}  # huge is for reference images only
+JITTER = {"small": 2 / 64, "large": 0.8 / 64}  # a large shape just fits its cell
+GAP = 1.5 / 64      # least distance between the boxes around two shapes
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+STYLES = {"sketch": "a sketch", "blur": "a blurred picture", "mosaic": "a mosaic", "gray": "a gray picture",
+          "negative": "a negative"}
+TONES = {"night": "night", "sunset": "sunset", "fog": "fog", "winter": "winter"}
+LOOKS = STYLES | TONES
+
+NAMES = tuple((color, shape) for shape in SHAPES for color in COLORS)
+HELD_OUT_NAMES = {("red", "star"), ("green", "circle"), ("purple", "square"), ("blue", "triangle")}
+HELD_OUT_PLACES = {
+    ("yellow", "circle", "top right"), ("orange", "square", "bottom left"), ("pink", "star", "left"),
+    ("black", "triangle", "bottom"), ("blue", "star", "top left"), ("red", "square", "right"),
+}
+
+WORDINGS = {
+    "swap": ("replace {old} with {new}", "swap {old} for {new}", "turn {old} into {new}", "change {old} to {new}",
+             "put {new} in place of {old}"),
+    "color": ("make {old} {color}", "change the color of {old} to {color}", "paint {old} {color}", "turn {old} {color}",
+              "color {old} {color}"),
+    "add": ("add {new} at the {place}", "put {new} at the {place}", "draw {new} at the {place}",
+            "place {new} at the {place}", "at the {place} add {new}"),
+    "remove": ("remove {old}", "delete {old}", "take away {old}", "take {old} from the picture"),
+    "style": ("turn the picture into {look}", "make the picture look like {look}", "draw the picture as {look}",
+              "change the style to {look}"),
+    "tone": ("make the scene look like {look}", "change the tone to {look}", "turn the scene into {look}",
+             "change the scene to {look}"),
+}
+JOINTS = ("{0} and {1}", "{0} then {1}", "first {0} then {1}", "{0} and then {1}")
+REFERENCE = ("the object in the reference image", "the object from the reference image",
+             "the object of the reference image", "the reference object")
+
+
+# --- scenes
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape; it moves in a straight line from start to end over a clip. In an image, and when still, start == end."""
+
+    color: str
+    shape: str
+    size: str
+    start: tuple[float, float]
+    end: tuple[float, float]
+
+    @property
+    def name(self):
+        return self.color, self.shape
+
+    def path(self, steps):
+        """Center (steps, 2) as x, y at evenly spaced times."""
+        time = np.linspace(0, 1, steps)[:, None]
+        return np.asarray(self.start) * (1 - time) + np.asarray(self.end) * time
+
+    def places(self):
+        """Every cell that the center visits, first to last."""
+        cells = np.clip((self.path(33) * 3).astype(int), 0, 2)
+        return list(dict.fromkeys(PLACES[3 * y + x] for x, y in cells.tolist()))
+
+    def held_out(self):
+        return self.name in HELD_OUT_NAMES or any((*self.name, place) in HELD_OUT_PLACES for place in self.places())
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A ground, the things on it, and the style or tone of the whole picture (None: as it is)."""
+
+    ground: str
+    things: tuple[Thing, ...]
+    look: str | None = None
+
+    @classmethod
+    def from_dict(cls, data):
+        """The inverse of dataclasses.asdict, also after a trip through JSON."""
+        things = (Thing(**{**thing, "start": tuple(thing["start"]), "end": tuple(thing["end"])}) for thing in data["things"])
+        return cls(data["ground"], tuple(things), data["look"])
+
+
+@dataclass
+class Case:
+    """One edit. source and target are uint8 (T, H, W, 3), references a list of uint8 (H, W, 3); an image has T = 1."""
+
+    seed: int
+    kind: str
+    split: str
+    instruction: str
+    source: np.ndarray
+    target: np.ndarray
+    references: list
+    source_scene: Scene
+    target_scene: Scene
+    reference_scenes: list
+
+
+def pick(rng, options):
+    return options[int(rng.integers(len(options)))]
+
+
+def cell_center(place):
+    index = PLACES.index(place)
+    return (index % 3 + 0.5) / 3, (index // 3 + 0.5) / 3
+
+
+def neighbors(place):
+    x, y = cell_center(place)
+    near = lambda other: max(abs(cell_center(other)[0] - x), abs(cell_center(other)[1] - y)) < 0.4
+    return [other for other in PLACES if other != place and near(other)]
+
+
+def apart(one, other):
+    """Whether the boxes around two things keep their distance at all times."""
+    steps = 1 if one.start == one.end and other.start == other.end else 33
+    gap = np.abs(one.path(steps) - other.path(steps)).max(axis=1) - RADII[one.size] - RADII[other.size]
+    return bool((gap >= GAP).all())
+
+
+def draw_thing(rng, name, video):
+    size = pick(rng, ("small", "large"))
+    place = pick(rng, PLACES)
+    jitter = lambda: tuple((rng.random(2) * 2 - 1) * JITTER[size])
+    spot = lambda place: tuple(float(a + b) for a, b in zip(cell_center(place), jitter()))
+    start = spot(place)
+    moves = video and rng.random() < 0.7
+    return Thing(*name, size, start, spot(pick(rng, neighbors(place))) if moves else start)
+
+
+def draw_scene(rng, video):
+    """One to three things, no two with the same color and shape, so that "the red circle" is one thing."""
+    count = int(rng.integers(1, 4))
+    names = [NAMES[i] for i in rng.permutation(len(NAMES))[:count]]
+    things = []
+    while len(things) < count:
+        thing = draw_thing(rng, names[len(things)], video)
+        if all(apart(thing, other) for other in things):
+            things.append(thing)
+    return Scene(pick(rng, tuple(GROUNDS)), tuple(things))
+
+
+# --- edits
+
+
+class Redraw(Exception):
+    """This edit can't be made in this scene: draw another scene."""
+
+
+class Draft:
+    """A scene on the way from source to target, with the words that lead there.
+
+    An instruction names what it edits as it is in the source. Therefore nothing is edited twice, and nothing new gets the
+    name of anything in the source, edited or not.
+    """
+
+    def __init__(self, rng, source):
+        self.rng, self.source, self.scene = rng, source, source
+        self.clauses, self.references = [], []
+        self.untouched = list(source.things)
+        self.touched = []  # as before and as after their edit
+        self.names = {thing.name for thing in source.things}
+
+    def apply(self, kind):
+        if kind == "hybrid":
+            return self.hybrid()
+        return getattr(self, kind)()
+
+    def say(self, kind, **words):
+        self.clauses.append(pick(self.rng, WORDINGS[kind]).format(**words))
+
+    def take(self):
+        """A thing to edit."""
+        if not self.untouched:
+            raise Redraw
+        thing = self.untouched.pop(int(self.rng.integers(len(self.untouched))))
+        self.touched.append(thing)
+        return thing
+
+    def new_name(self, allowed):
+        names = [name for name in NAMES if name not in self.names and allowed(name)]
+        self.names.add(name := pick(self.rng, names))
+        return name
+
+    def exchange(self, old, new):
+        """Puts new in place of old; either may be None."""
+        things = [new if thing == old else thing for thing in self.scene.things]
+        things = things + [new] if old is None else things
+        self.scene = replace(self.scene, things=tuple(thing for thing in things if thing))
+        self.touched += [new] if new else []
+
+    def swap(self):
+        old = self.take()
+        color, shape = self.new_name(lambda name: name[1] != old.shape)
+        self.exchange(old, replace(old, color=color, shape=shape))
+        self.say("swap", old=the(old), new=f"{article(color)} {color} {shape}")
+
+    def color(self):
+        old = self.take()
+        color, _ = self.new_name(lambda name: name[1] == old.shape)
+        self.exchange(old, replace(old, color=color))
+        self.say("color", old=the(old), color=color)
+
+    def remove(self):
+        old = self.take()
+        self.exchange(old, None)
+        self.say("remove", old=the(old))
+
+    def free_spot(self, name, size):
+        """(new thing, its place) where nothing of the source or of the picture so far ever comes near."""
+        for i in self.rng.permutation(len(PLACES)):
+            spot = cell_center(PLACES[i])
+            thing = Thing(*name, size, spot, spot)
+            if all(apart(thing, other) for other in self.source.things + self.scene.things):
+                return thing, PLACES[i]
+        raise Redraw
+
+    def add(self):
+        name = self.new_name(lambda name: True)
+        new, place = self.free_spot(name, pick(self.rng, ("small", "large")))
+        self.exchange(None, new)
+        self.say("add", new=a(new), place=place)
+
+    def style(self):
+        self.scene = replace(self.scene, look=pick(self.rng, tuple(STYLES)))
+        self.say("style", look=STYLES[self.scene.look])
+
+    def tone(self):
+        self.scene = replace(self.scene, look=pick(self.rng, tuple(TONES)))
+        self.say("tone", look=TONES[self.scene.look])
+
+    def hybrid(self):
+        """One edit of a thing, then one of another thing or of the whole picture.
+
+        Never a look first: would what comes after it be painted in plain colors or in its own?
+        """
+        self.apply(pick(self.rng, ("swap", "color", "add", "remove")))
+        self.apply(pick(self.rng, ("swap", "color", "add", "remove", "style", "tone", "style", "tone")))
+
+    def refer(self, name):
+        """A reference image of name, on a plain ground that is not the scene's."""
+        middle = cell_center("center")
+        ground = pick(self.rng, [ground for ground in PLAIN if ground != self.scene.ground])
+        self.references.append(Scene(ground, (Thing(*name, "huge", middle, middle),)))
+
+    def ref_swap(self):
+        old = self.take()
+        color, shape = self.new_name(lambda name: True)
+        self.refer((color, shape))
+        self.exchange(old, replace(old, color=color, shape=shape))
+        self.say("swap", old=the(old), new=pick(self.rng, REFERENCE))
+
+    def ref_add(self):
+        name = self.new_name(lambda name: True)
+        new, place = self.free_spot(name, "large")
+        self.refer(name)
+        self.exchange(None, new)
+        self.say("add", new=pick(self.rng, REFERENCE), place=place)
+
+    def finish(self):
+        self.instruction = pick(self.rng, JOINTS).format(*self.clauses) if len(self.clauses) > 1 else self.clauses[0]
+
+    def belongs_to(self, split):
+        if split == "train":
+            scenes = [self.source, self.scene, *self.references]
+            return not any(thing.held_out() for scene in scenes for thing in scene.things)
+        return any(thing.held_out() for thing in self.touched or self.source.things)
+
+
+def draw(seed, video=False, split="train", kind=None):
+    """(kind, finished Draft) of a seed: a case in words and scenes, before it is painted. Arguments as for sample."""
+    if split not in ("train", "heldout") or kind not in (None, *KINDS):
+        raise ValueError(f"split {split!r} must be train or heldout, and kind {kind!r} one of {', '.join(KINDS)}")
+    rng = np.random.default_rng(seed)
+    kind = kind or pick(rng, KINDS)
+    while True:
+        draft = Draft(rng, draw_scene(rng, video))
+        try:
+            draft.apply(kind)
+            draft.finish()
+        except Redraw:
+            continue
+        if draft.belongs_to(split):
+            return kind, draft
+
+
+def sample(seed, video=False, split="train", kind=None, size=64, frames=9):
+    """The case of a seed; equal arguments give equal bytes.
+
+    video: a clip of `frames` frames rather than an image. kind: one of KINDS, or None to let the seed decide. size: side
+    of the square frame, a multiple of 8. Raises ValueError for an unknown split or kind and for other sizes.
+    """
+    kind, draft = draw(seed, video, split, kind)
+    count = frames if video else 1
+    source, target = render(draft.source, size, count), render(draft.scene, size, count)
+    references = [render(scene, size)[0] for scene in draft.references]
+    return Case(seed, kind, split, draft.instruction, source, target, references,
+                draft.source, draft.scene, draft.references)
+
+
+# --- words
+
+
+def article(word):
+    return "an" if word == "orange" else "a"
+
+
+def a(thing):
+    return f"a {thing.size} {thing.color} {thing.shape}"
+
+
+def the(thing):
+    return f"the {thing.color} {thing.shape}"
+
+
+def where(thing):
+    """The place of a still thing, "top left", or the way of a moving one, "from the top left to the center"."""
+    places = thing.places()
+    return places[0] if thing.start == thing.end else f"from the {places[0]} to the {places[-1]}"
+
+
+def caption(scene):
+    """The whole scene in one sentence, things in reading order of the cells where they start."""
+    things = sorted(scene.things, key=lambda thing: PLACES.index(thing.places()[0]))
+    parts = [f"{a(thing)} {'at the' if thing.start == thing.end else 'moving'} {where(thing)}" for thing in things]
+    parts.append(f"on a {scene.ground} ground")
+    return ", ".join(parts + ([f"as {LOOKS[scene.look]}"] if scene.look else []))
+
+
+def questions(scene, rng):
+    """[(question, answer)] in random order, each with one right answer, about a scene without style or tone.
+
+    Held-out combinations are asked about only where the scene has them. Raises ValueError for a scene with a look.
+    """
+    if scene.look:
+        raise ValueError(f"questions are about plain scenes, not {LOOKS[scene.look]}: the look may hide the answers")
+    pairs = [("how many shapes are there?", ("none", "one", "two", "three", "four")[len(scene.things)]),
+             ("what is the ground?", scene.ground)]
+    colors, shapes = [thing.color for thing in scene.things], [thing.shape for thing in scene.things]
+    for thing in scene.things:
+        pairs += [(f"where is {the(thing)}?", where(thing)), (f"what size is {the(thing)}?", thing.size),
+                  (f"is {the(thing)} moving?", "no" if thing.start == thing.end else "yes"),
+                  (f"is there {article(thing.color)} {thing.color} {thing.shape}?", "yes")]
+        pairs += [(f"what color is the {thing.shape}?", thing.color)] * (shapes.count(thing.shape) == 1)
+        pairs += [(f"what shape is {thing.color}?", thing.shape)] * (colors.count(thing.color) == 1)
+    absent = sorted(set(NAMES) - HELD_OUT_NAMES - {thing.name for thing in scene.things})
+    for color, shape in (pick(rng, absent), pick(rng, absent)):
+        pairs.append((f"is there {article(color)} {color} {shape}?", "no"))
+    pairs += what_is_where(scene, rng)
+    return [pairs[i] for i in rng.permutation(len(pairs))]
+
+
+def what_is_where(scene, rng):
+    """Questions about places, in a clip only about those that nothing enters or leaves."""
+    visitors = {place: [thing for thing in scene.things if place in thing.places()] for place in PLACES}
+    pairs = [(f"what is at the {place}?", a(things[0])) for place, things in visitors.items()
+             if len(things) == 1 and things[0].start == things[0].end]
+    empty = [place for place, things in visitors.items() if not things]
+    return pairs + [(f"what is at the {pick(rng, empty)}?", "nothing")]
+
+
+def vocabulary_texts(n, seed=0):
+    """Yields n sentences of the split "train" (instructions, captions, questions, answers) to train a tokenizer on."""
+    rng, texts = np.random.default_rng(seed), []
+    for i in range(n):
+        if not texts:
+            _, draft = draw(seed * SEEDS + i, video=i % 2 == 1)
+            texts = [draft.instruction, caption(draft.source), caption(draft.scene)]
+            texts += [text for pair in questions(draft.source, rng)[:4] for text in pair]
+        yield texts.pop()
+
+
+# --- pictures
+
+
+def outline(shape):
+    """Corners (k, 2) of a shape that fits the box [-1, 1] x [-1, 1]."""
+    if shape == "square":
+        return np.array([(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)])
+    if shape == "triangle":
+        return np.array([(0, -0.95), (1, 0.8), (-1, 0.8)])
+    turn = np.arange(10) * np.pi / 5
+    reach = np.where(np.arange(10) % 2, 0.52, 1.05)  # a fat star, so that a small one is more than its tips
+    return np.stack([reach * np.sin(turn), 0.1 - reach * np.cos(turn)], axis=1)
+
+
+OUTLINES = {shape: outline(shape).astype(np.float32)[:, :, None, None, None] for shape in SHAPES if shape != "circle"}
+
+
+def distance(shape, x, y):
+    """Signed distance to the edge of a shape of radius 1, negative inside. x (T, 1, n), y (T, n, 1) -> (T, n, n)."""
+    if shape == "circle":
+        return np.hypot(x, y) - 1
+    corner = OUTLINES[shape]                                                    # (k, 2, 1, 1, 1)
+    edge = np.roll(corner, -1, axis=0) - corner
+    (ax, ay), (ex, ey) = corner.swapaxes(0, 1), edge.swapaxes(0, 1)             # (k, 1, 1, 1) each
+    wx, wy = x - ax, y - ay
+    along = np.clip((wx * ex + wy * ey) / (ex * ex + ey * ey), 0, 1)            # (k, T, n, n)
+    nearest = np.sqrt(((wx - along * ex) ** 2 + (wy - along * ey) ** 2).min(axis=0))
+    # Even-odd rule: count the edges that a ray to the right crosses.
+    crossed = ((wy >= 0) != (wy >= ey)) & ((wy * ex > wx * ey) == (ey > 0))
+    return np.where(crossed.sum(axis=0) % 2 == 1, -nearest, nearest)            # (T, n, n)
+
+
+def stamp(canvas, thing, pad, color, stroke=None):
+    """Paints a thing on canvas (T, H+2 pad, W+2 pad, 3) with edges blended over one pixel; stroke: outline width, pixels."""
+    side = canvas.shape[1] - 2 * pad
+    radius = RADII[thing.size] * side
+    reach = int(np.ceil(radius)) + 2
+    center = (thing.path(len(canvas)) * side).astype(np.float32)                # (T, 2)
+    corner = np.floor(center).astype(int) - reach
+    pixel = corner[:, :, None] + np.arange(2 * reach + 1) + 0.5 - center[:, :, None]
+    x, y = (pixel / radius).astype(np.float32).swapaxes(0, 1)                   # (T, n) each
+    depth = distance(thing.shape, x[:, None, :], y[:, :, None]) * radius
+    if stroke:
+        depth = np.abs(depth + stroke / 2) - stroke / 2
+    cover = np.clip(0.5 - depth, 0, 1)[..., None]                               # (T, n, n, 1)
+    for frame, alpha, (left, top) in zip(canvas, cover, corner + pad):
+        patch = frame[top : top + len(alpha), left : left + len(alpha)]
+        patch += alpha * (color - patch)
+
+
+def render(scene, size=64, frames=1):
+    """The scene as uint8 (frames, size, size, 3). Raises ValueError where size is not a multiple of 8."""
+    if size % 8 or size <= 0:
+        raise ValueError(f"size {size} must be a positive multiple of 8, for the mosaic and for the VAE")
+    pad = 4  # a stamp reaches a little past the frame
+    sketch = scene.look == "sketch"
+    top, bottom = (np.array(color, np.float32) for color in GROUNDS[scene.ground])
+    height = np.clip((np.arange(size + 2 * pad, dtype=np.float32) - pad) / max(size - 1, 1), 0, 1)[:, None, None]
+    ground = np.float32([250, 248, 242]) if sketch else top + (bottom - top) * height
+    canvas = np.empty((frames, size + 2 * pad, size + 2 * pad, 3), np.float32)
+    canvas[:] = ground
+    for thing in scene.things:
+        color = np.float32([48, 48, 56] if sketch else COLORS[thing.color])
+        stamp(canvas, thing, pad, color, stroke=2 * size / 64 if sketch else None)
+    image = canvas[:, pad:-pad, pad:-pad] / 255
+    return (np.clip(LOOK[scene.look](image), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def luminance(x):
+    return (x @ np.float32([0.299, 0.587, 0.114]))[..., None]
+
+
+def blurred(x):
+    """Gaussian of 1/20 of the side, edges repeated."""
+    sigma = x.shape[1] / 20
+    reach = int(np.ceil(2.5 * sigma))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    # As a matrix on rows and columns: output pixel i reads the pixels at i - reach ... i + reach, held inside the frame.
+    weights = np.zeros((x.shape[1], x.shape[1]), np.float32)
+    for i in range(len(weights)):
+        np.add.at(weights[i], np.clip(np.arange(i - reach, i + reach + 1), 0, len(weights) - 1), kernel / kernel.sum())
+    return np.einsum("ih,thwc,jw->tijc", weights, x, weights, optimize=True)
+
+
+def mosaic(x):
+    """Tiles of 1/16 of the side, at least one pixel."""
+    t, h, w, c = x.shape
+    tile = max(h // 16, 1)
+    tiles = x.reshape(t, h // tile, tile, w // tile, tile, c).mean(axis=(2, 4))
+    return tiles.repeat(tile, axis=1).repeat(tile, axis=2)
+
+
+LOOK = {  # what a style or tone does to a picture in [0, 1]; the sketch is drawn as one
+    None: lambda x: x,
+    "sketch": lambda x: x,
+    "blur": blurred,
+    "mosaic": mosaic,
+    "gray": lambda x: luminance(x).repeat(3, axis=-1),
+    "negative": lambda x: 1 - x,
+    "night": lambda x: x * np.float32([0.30, 0.36, 0.58]) + np.float32([0.02, 0.03, 0.09]),
+    "sunset": lambda x: x * np.float32([0.88, 0.62, 0.42]) + np.float32([0.12, 0.02, 0.06]),
+    "fog": lambda x: x * 0.45 + np.float32([0.47, 0.48, 0.49]),
+    "winter": lambda x: (0.45 * x + 0.55 * luminance(x)) * 0.66 + np.float32([0.22, 0.29, 0.36]),
+}
+
+
+# --- files
+
+
+def write_frames(frames, path, clip):
+    """An image as path.png, a clip as a folder of frames, both lossless. Returns the name written.
+
+    Not as an animated PNG: Pillow drops a frame that equals the one before, and most things can stand still.
+    """
+    if not clip:
+        Image.fromarray(frames[0]).save(f"{path}.png", compress_level=1)
+        return f"{path}.png"
+    path.mkdir(exist_ok=True)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(path / f"{i:02d}.png", compress_level=1)
+    return str(path)
+
+
+def write_case(case, folder, name):
+    """Writes the media of a case and returns its line of data.jsonl; paths in it are relative to folder."""
+    clip = len(case.source) > 1
+    sub = folder / ("clips" if clip else "images")
+    sub.mkdir(exist_ok=True)
+    put = lambda frames, role, clip=clip: os.path.relpath(write_frames(frames, sub / f"{name}_{role}", clip), folder)
+    return {
+        "id": name, "source": put(case.source, "source"), "target": put(case.target, "target"),
+        "instruction": case.instruction,
+        "references": [put(image[None], f"reference{i}", False) for i, image in enumerate(case.references)],
+        "kind": case.kind, "video": clip, "seed": case.seed, "split": case.split,
+        "source_scene": asdict(case.source_scene), "target_scene": asdict(case.target_scene),
+        "reference_scenes": [asdict(scene) for scene in case.reference_scenes],
+    }
+
+
+def plan(count, video_share):
+    """Yields (kind, video) so that every kind comes equally often, as image and as clip."""
+    for i in range(count):
+        turn = i // len(KINDS)
+        yield KINDS[i % len(KINDS)], int((turn + 1) * video_share + 0.5) > int(turn * video_share + 0.5)
+
+
+def make(folder, count, video_share=0.3, seed=0, split="train", size=64, frames=9):
+    """Writes count cases and, when all are there, data.jsonl. Raises FileExistsError where a data.jsonl is already."""
+    folder = Path(folder)
+    if (folder / "data.jsonl").exists():
+        raise FileExistsError(f"{folder / 'data.jsonl'} exists: choose another folder, or delete it first")
+    if not 0 < count <= SEEDS or not 0 <= video_share <= 1 or frames < 2:
+        raise ValueError(f"count must be 1 to {SEEDS}, the video share 0 to 1, and a clip at least 2 frames long")
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "data.jsonl.tmp"
+    with open(unfinished, "w") as file:
+        for i, (kind, video) in enumerate(tqdm(plan(count, video_share), "cases", total=count)):
+            case = sample(seed * SEEDS + i, video, split, kind, size, frames)
+            file.write(json.dumps(write_case(case, folder, f"{i:06d}")) + "\n")
+    os.replace(unfinished, folder / "data.jsonl")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description="A world of shapes: make data, score results, show cases.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = lambda name, text: commands.add_parser(name, help=text, formatter_class=parser.formatter_class)
+    command = add("make", "write a dataset")
+    command.add_argument("out", type=Path, help="folder to write to")
+    command.add_argument("--count", type=int, default=1000, help="number of cases")
+    command.add_argument("--video-share", type=float, default=0.3, help="share of clips among them")
+    command.add_argument("--seed", type=int, default=0, help="another seed gives other cases")
+    command.add_argument("--split", choices=("train", "heldout"), default="train", help="without or with the held-out")
+    command.add_argument("--size", type=int, default=64, help="side of the frame in pixels, a multiple of 8")
+    command.add_argument("--frames", type=int, default=9, help="frames of a clip")
+    return parser, parser.parse_args()
+
+
+def main():
+    parser, args = parse()
+    try:
+        make(args.out, args.count, args.video_share, args.seed, args.split, args.size, args.frames)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
