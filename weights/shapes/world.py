@@ -5,10 +5,10 @@ from a seed, so data never runs out and every target is exact. The kinds are tho
 arXiv 2510.08485, sec. 4): swap, color, add, remove, style, tone, hybrid, ref_swap, ref_add.
 
 What is unusual:
-- Whatever an instruction leaves open is settled by a rule, so that one target is right: what is swapped or recolored keeps
-  its size and path; what is added stands still in the middle of its cell; what is added from a reference is large.
+- Whatever an instruction leaves open is settled by a rule, so that one target is right: what is swapped or recolored
+  keeps its size and path; what is added stands still in the middle of its cell; added from a reference it is large.
 - Some combinations of shape and color, and of shape, color and place, never occur in the split "train": not in sources,
-  targets, references or questions. In the split "heldout" every edit touches one (a style or tone edit: the scene holds one).
+  targets, references or questions. In the split "heldout" every edit touches one (style and tone: the scene holds one).
 - A result is judged against the target and against its rivals, pictures with one fact wrong. A circle and a square
   of one size share four fifths of their pixels, so a threshold on the error alone would accept one for the other.
 
@@ -29,19 +29,19 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from tqdm import tqdm
 
-INSIDE, OUTSIDE, WINDOW = 0.30, 0.03, 0.12  # the judge's limits; see above
+LIMITS = {"inside": 0.30, "outside": 0.03, "window": 0.12, "rival": 1.0}  # a success is below all of them; see above
 WINDOW_SIDE = 8
-CHANGED = 8 / 255   # a pixel should change when one of its channels moves by more than this
-VISIBLE = 0.08      # rivals that differ from the target by less, on average where they differ at all, are not held against it
-
-SEEDS = 10**7       # cases between one --seed and the next
+CHANGED = 8 / 255  # a pixel should change when one of its channels moves by more than this
+VISIBLE = 0.05     # a rival that differs from the target by less, on average where it differs at all, does not count
+SEEDS = 10**7      # cases between one --seed and the next
 
 KINDS = ("swap", "color", "add", "remove", "style", "tone", "hybrid", "ref_swap", "ref_add")
 SHAPES = ("circle", "square", "triangle", "star")
@@ -94,7 +94,7 @@ REFERENCE = ("the object in the reference image", "the object from the reference
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape; it moves in a straight line from start to end over a clip. In an image, and when still, start == end."""
+    """One shape. Over a clip it moves in a straight line from start to end; in an image, and when still, both are one."""
 
     color: str
     shape: str
@@ -131,8 +131,8 @@ class Scene:
     @classmethod
     def from_dict(cls, data):
         """The inverse of dataclasses.asdict, also after a trip through JSON."""
-        things = (Thing(**{**thing, "start": tuple(thing["start"]), "end": tuple(thing["end"])}) for thing in data["things"])
-        return cls(data["ground"], tuple(things), data["look"])
+        things = [{**thing, "start": tuple(thing["start"]), "end": tuple(thing["end"])} for thing in data["things"]]
+        return cls(data["ground"], tuple(Thing(**thing) for thing in things), data["look"])
 
 
 @dataclass
@@ -205,8 +205,8 @@ class Redraw(Exception):
 class Draft:
     """A scene on the way from source to target, with the words that lead there.
 
-    An instruction names what it edits as it is in the source. Therefore nothing is edited twice, and nothing new gets the
-    name of anything in the source, edited or not.
+    An instruction names what it edits as it is in the source. Therefore nothing is edited twice, and nothing new gets
+    the name of anything in the source, edited or not.
     """
 
     def __init__(self, rng, source):
@@ -289,8 +289,11 @@ class Draft:
 
         Never a look first: would what comes after it be painted in plain colors or in its own?
         """
-        self.apply(pick(self.rng, ("swap", "color", "add", "remove")))
+        first = pick(self.rng, ("swap", "color", "add", "remove"))
+        self.apply(first)
         self.apply(pick(self.rng, ("swap", "color", "add", "remove", "style", "tone", "style", "tone")))
+        if first == "color" and self.scene.look in ("sketch", "gray"):
+            raise Redraw  # half of the edit could not be seen
 
     def refer(self, name):
         """A reference image of name, on a plain ground that is not the scene's."""
@@ -342,8 +345,8 @@ def draw(seed, video=False, split="train", kind=None):
 def sample(seed, video=False, split="train", kind=None, size=64, frames=9):
     """The case of a seed; equal arguments give equal bytes.
 
-    video: a clip of `frames` frames rather than an image. kind: one of KINDS, or None to let the seed decide. size: side
-    of the square frame, a multiple of 8. Raises ValueError for an unknown split or kind and for other sizes.
+    video: a clip of `frames` frames rather than an image. kind: one of KINDS, or None to let the seed decide. size:
+    side of the square frame, a multiple of 8. Raises ValueError for an unknown split or kind and for other sizes.
     """
     kind, draft = draw(seed, video, split, kind)
     count = frames if video else 1
@@ -458,7 +461,7 @@ def distance(shape, x, y):
 
 
 def stamp(canvas, thing, pad, color, stroke=None):
-    """Paints a thing on canvas (T, H+2 pad, W+2 pad, 3) with edges blended over one pixel; stroke: outline width, pixels."""
+    """Paints a thing on canvas (T, H+2 pad, W+2 pad, 3), its edge blended over one pixel. stroke: width of an outline."""
     side = canvas.shape[1] - 2 * pad
     radius = RADII[thing.size] * side
     reach = int(np.ceil(radius)) + 2
@@ -494,7 +497,8 @@ def render(scene, size=64, frames=1):
 
 
 def luminance(x):
-    return (x @ np.float32([0.299, 0.587, 0.114]))[..., None]
+    """Seen by a film that is nearly blind to red: with the eye's weights yellow would vanish on gray and sand."""
+    return (x @ np.float32([0.1, 0.5, 0.4]))[..., None]
 
 
 def blurred(x):
@@ -502,7 +506,7 @@ def blurred(x):
     sigma = x.shape[1] / 20
     reach = int(np.ceil(2.5 * sigma))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    # As a matrix on rows and columns: output pixel i reads the pixels at i - reach ... i + reach, held inside the frame.
+    # As a matrix on rows and columns: output pixel i reads pixels i - reach ... i + reach, held inside the frame.
     weights = np.zeros((x.shape[1], x.shape[1]), np.float32)
     for i in range(len(weights)):
         np.add.at(weights[i], np.clip(np.arange(i - reach, i + reach + 1), 0, len(weights) - 1), kernel / kernel.sum())
@@ -524,7 +528,7 @@ LOOK = {  # what a style or tone does to a picture in [0, 1]; the sketch is draw
     "mosaic": mosaic,
     "gray": lambda x: luminance(x).repeat(3, axis=-1),
     "negative": lambda x: 1 - x,
-    "night": lambda x: x * np.float32([0.30, 0.36, 0.58]) + np.float32([0.02, 0.03, 0.09]),
+    "night": lambda x: x * np.float32([0.26, 0.32, 0.54]) + np.float32([0.02, 0.03, 0.08]),
     "sunset": lambda x: x * np.float32([0.88, 0.62, 0.42]) + np.float32([0.12, 0.02, 0.06]),
     "fog": lambda x: x * 0.45 + np.float32([0.47, 0.48, 0.49]),
     "winter": lambda x: (0.45 * x + 0.55 * luminance(x)) * 0.66 + np.float32([0.22, 0.29, 0.36]),
@@ -587,26 +591,271 @@ def make(folder, count, video_share=0.3, seed=0, split="train", size=64, frames=
     os.replace(unfinished, folder / "data.jsonl")
 
 
+def read_frames(path):
+    """An image, a folder of images or a video as uint8 (T, H, W, 3). Raises FileNotFoundError; ValueError if empty."""
+    path = Path(path)
+    if path.is_dir():
+        frames = [frame for file in sorted(path.glob("*.png")) for frame in read_frames(file)]
+    elif path.suffix.lower() in (".png", ".apng", ".gif", ".jpg", ".jpeg", ".webp"):
+        with Image.open(path) as image:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+    else:
+        import imageio.v3 as imageio  # only videos need it
+        frames = list(imageio.imread(path, plugin="FFMPEG"))
+    if not frames:
+        raise ValueError(f"{path} holds no frames")
+    return np.stack(frames)
+
+
+# --- the judge
+
+
+def rivals(source_scene, target_scene, size=64, frames=1):
+    """Pictures uint8 (frames, size, size, 3) that are the target but for one fact: a thing of it missing, or of another
+    color, shape or size; a thing of the source as if not edited; another look, or none."""
+    target, scenes = target_scene, [replace(target_scene, look=look) for look in LOOK if look != target_scene.look]
+    for old in source_scene.things:
+        if old not in target.things:
+            rest = tuple(thing for thing in target.things if (thing.start, thing.end) != (old.start, old.end))
+            scenes.append(replace(target, things=(*rest, old)))
+    for thing in target.things:
+        rest = tuple(other for other in target.things if other != thing)
+        wrong = [replace(thing, color=color) for color in COLORS] + [replace(thing, shape=shape) for shape in SHAPES]
+        wrong += [replace(thing, size=size) for size in ("small", "large")]
+        scenes += [replace(target, things=rest)]
+        scenes += [replace(target, things=(*rest, other)) for other in wrong if other != thing]
+    return [render(scene, size, frames) for scene in scenes]
+
+
+def judge(source, target, output, rivals=()):
+    """Measures a result; source, target, output and each rival are uint8 (T, H, W, 3) of equal shapes.
+
+    Returns {"inside", "outside", "window", "rival", "success"}. The first three are the errors that the module's
+    docstring defines; rival is the largest ratio (distance to target) / (distance to a rival), 0.0 without rivals.
+    Without rivals, wrong shapes and neighboring colors can pass. Raises ValueError where shapes differ, or nothing
+    should change.
+    """
+    if not source.shape == target.shape == output.shape:
+        raise ValueError(f"source {source.shape}, target {target.shape} and output {output.shape} must have one shape")
+    source, target, output = (np.asarray(x, np.float32) / 255 for x in (source, target, output))
+    change, error = np.abs(source - target), np.abs(output - target).mean(axis=-1)      # (T, H, W, 3), (T, H, W)
+    changed = change.max(axis=-1) > CHANGED
+    if not changed.any():
+        raise ValueError("source and target are the same: there is no edit to judge")
+    scores = {
+        "inside": float(error[changed].mean() / change[changed].mean()),
+        "outside": float(error[~changed].mean()) if not changed.all() else 0.0,
+        "window": worst_window(error),
+        "rival": max((nearness(target, output, error, rival) for rival in rivals), default=0.0),
+    }
+    return scores | {"success": all(scores[name] < limit for name, limit in LIMITS.items())}
+
+
+def worst_window(error):
+    """The largest mean over any 8x8 window of any frame of error (T, H, W)."""
+    side = WINDOW_SIDE
+    total = np.pad(error.astype(np.float64), ((0, 0), (1, 0), (1, 0))).cumsum(axis=1).cumsum(axis=2)
+    window = total[:, side:, side:] - total[:, :-side, side:] - total[:, side:, :-side] + total[:, :-side, :-side]
+    return float(window.max() / side**2)
+
+
+def nearness(target, output, error, rival):
+    """(distance of output to target) / (distance to rival), both where those two differ; 0.0 if they hardly do."""
+    rival = rival.astype(np.float32) / 255
+    gap = np.abs(rival - target)
+    differ = gap.max(axis=-1) > CHANGED
+    if not differ.any() or gap[differ].mean() < VISIBLE:
+        return 0.0
+    return float(error[differ].mean() / max(np.abs(output - rival)[differ].mean(), 1e-6))
+
+
+def round_trip(vae, frames):
+    """uint8 (T, H, W, 3) through a VAE and back: what no editor that paints in its latents can beat."""
+    import torch
+
+    weight = next(vae.parameters())
+    video = torch.from_numpy(frames).to(weight.device, weight.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    with torch.inference_mode():
+        video = vae.decode(vae.encode(video))                                           # (1, 3, T, H, W)
+    return ((video[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def load_vae(folder):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # vae.py stands at the top of the repository
+    from vae import WanVAE
+
+    return WanVAE.from_pretrained(folder)
+
+
+def find_result(results, name):
+    """The result of a case: a folder of frames or a file; None where there is none."""
+    candidates = [results / name] + [results / (name + suffix) for suffix in (".png", ".apng", ".mp4", ".gif", ".webm")]
+    return next((path for path in candidates if path.exists()), None)
+
+
+def score_case(line, data, results, vae):
+    """The verdicts on one line of data.jsonl, by column; None for a result that is missing."""
+    source, target = read_frames(data / line["source"]), read_frames(data / line["target"])
+    scenes = Scene.from_dict(line["source_scene"]), Scene.from_dict(line["target_scene"])
+    wrong = rivals(*scenes, size=target.shape[1], frames=len(target))
+    verdicts = {"no-op": judge(source, target, source, wrong)}
+    if vae is not None:
+        verdicts["vae"] = judge(source, target, round_trip(vae, target), wrong)
+    if results is not None:
+        path = find_result(results, line["id"])
+        output = None if path is None else read_frames(path)
+        if path and output.shape != target.shape:
+            raise ValueError(f"{path} is {output.shape} (frames, height, width, channels), its target {target.shape}")
+        verdicts["result"] = judge(source, target, output, wrong) if path else None
+    return verdicts
+
+
+def summary(verdicts):
+    """Success in %, mean errors of what is there, and how many are missing."""
+    there = [verdict for verdict in verdicts if verdict]
+    mean = lambda name: sum(verdict[name] for verdict in there) / len(there) if there else None
+    return {"success": 100 * sum(verdict["success"] for verdict in there) / len(verdicts),
+            "inside": mean("inside"), "outside": mean("outside"), "missing": len(verdicts) - len(there)}
+
+
+def score(data, results=None, vae=None):
+    """Judges every case of a dataset: {"limits", "rows", "cases"}, ready for JSON.
+
+    data: folder with data.jsonl. results: folder with one result per case, named by its id, or None for the baselines
+    alone. vae: a WanVAE, or None. Raises ValueError if an untouched source passes: such a judge is not to be believed.
+    """
+    data, results = Path(data), None if results is None else Path(results)
+    lines = [json.loads(line) for line in open(data / "data.jsonl")]
+    cases = [{"id": line["id"], "kind": line["kind"], "media": "clip" if line["video"] else "image",
+              **score_case(line, data, results, vae)} for line in tqdm(lines, "judged")]
+    if passed := [case["id"] for case in cases if case["no-op"]["success"]]:
+        raise ValueError(f"the judge accepts the untouched source of {len(passed)} cases, among them {passed[:5]}")
+    columns = [name for name in ("result", "no-op", "vae") if name in cases[0]]
+    rows = []
+    for kind in (*KINDS, "all"):
+        for media in ("image", "clip"):
+            group = [case for case in cases if kind in (case["kind"], "all") and case["media"] == media]
+            if group:
+                rows.append({"kind": kind, "media": media, "n": len(group),
+                             **{name: summary([case[name] for case in group]) for name in columns}})
+    return {"limits": LIMITS, "rows": rows, "cases": cases}
+
+
+def table(scores):
+    """The rows of score() as text."""
+    columns = [name for name in ("result", "no-op", "vae") if name in scores["rows"][0]]
+    limits = ", ".join(f"{name} < {limit}" for name, limit in scores["limits"].items())
+    lines = [f"a success has {limits}",
+             " " * 19 + "".join(f" | {name:^24}" for name in columns),
+             f"{'kind':<9}{'media':<6}{'n':>4}" + " | success  inside outside" * len(columns)]
+    number = lambda value: "      - " if value is None else f"{value:8.3f}"
+    for row in scores["rows"]:
+        cells = [f" | {row[name]['success']:6.1f}%{number(row[name]['inside'])} {number(row[name]['outside'])}"
+                 for name in columns]
+        lines.append(f"{row['kind']:<9}{row['media']:<6}{row['n']:>4}" + "".join(cells))
+    missing = sum(row["result"]["missing"] for row in scores["rows"] if row["kind"] == "all" and "result" in columns)
+    return "\n".join(lines + [f"{missing} results are missing and count as failures"] * bool(missing))
+
+
+# --- the contact sheet
+
+TILE, MARGIN = 160, 16
+
+
+def tile(frame, side):
+    return Image.fromarray(frame).resize((side, side), Image.LANCZOS)
+
+
+def card_image(case):
+    """source, arrow (under it the reference), target."""
+    card = Image.new("RGB", (3 * TILE - 40, TILE), "white")
+    middle = TILE + (TILE - 40) // 2
+    card.paste(tile(case.source[0], TILE), (0, 0))
+    card.paste(tile(case.target[0], TILE), (2 * TILE - 40, 0))
+    arrow = 32 if case.references else TILE // 2
+    for reference in case.references:
+        card.paste(tile(reference, 84), (middle - 42, 60))
+    paint = ImageDraw.Draw(card)
+    paint.line((middle - 22, arrow, middle + 14, arrow), (90, 90, 96), 4)
+    paint.polygon(((middle + 24, arrow), (middle + 10, arrow - 9), (middle + 10, arrow + 9)), (90, 90, 96))
+    return card
+
+
+def card_clip(case):
+    """First, middle and last frame of the source above those of the target, the reference on the right."""
+    side, step = 116, 120
+    card = Image.new("RGB", (3 * step + 92, 2 * side + 12), "white")
+    for column, i in enumerate((0, len(case.source) // 2, len(case.source) - 1)):
+        card.paste(tile(case.source[i], side), (column * step, 0))
+        card.paste(tile(case.target[i], side), (column * step, side + 12))
+    for reference in case.references:
+        card.paste(tile(reference, 84), (3 * step + 8, side + 6 - 42))
+    return card
+
+
+def sheet(cases, columns=2):
+    """A contact sheet of cases, all images or all clips, each above its instruction."""
+    font = ImageFont.load_default(16)
+    cards = [card_clip(case) if len(case.source) > 1 else card_image(case) for case in cases]
+    width, height = cards[0].width + 2 * MARGIN, cards[0].height + 2 * MARGIN + 44
+    page = Image.new("RGB", (width * columns, height * -(-len(cards) // columns)), "white")
+    paint = ImageDraw.Draw(page)
+    for i, (case, card) in enumerate(zip(cases, cards)):
+        x, y = i % columns * width + MARGIN, i // columns * height + MARGIN
+        page.paste(card, (x, y))
+        lines = textwrap.fill(case.instruction, card.width // 8)
+        paint.text((x, y + card.height + 8), lines, (40, 40, 46), font)
+    return page
+
+
+def show(out, seed=0, video=False, split="train"):
+    """Writes a contact sheet with one case of each kind."""
+    cases = [sample(seed * SEEDS + i, video, split, kind) for i, kind in enumerate(KINDS)]
+    sheet(cases, columns=3).save(out)
+
+
+# --- the terminal
+
+
 def parse():
-    parser = argparse.ArgumentParser(description="A world of shapes: make data, score results, show cases.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="A world of shapes: make data, score results, show cases.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = lambda name, text: commands.add_parser(name, help=text, formatter_class=parser.formatter_class)
+    style = argparse.ArgumentDefaultsHelpFormatter
+    add = lambda name, text: commands.add_parser(name, help=text, description=text, formatter_class=style)
     command = add("make", "write a dataset")
     command.add_argument("out", type=Path, help="folder to write to")
     command.add_argument("--count", type=int, default=1000, help="number of cases")
     command.add_argument("--video-share", type=float, default=0.3, help="share of clips among them")
-    command.add_argument("--seed", type=int, default=0, help="another seed gives other cases")
-    command.add_argument("--split", choices=("train", "heldout"), default="train", help="without or with the held-out")
     command.add_argument("--size", type=int, default=64, help="side of the frame in pixels, a multiple of 8")
-    command.add_argument("--frames", type=int, default=9, help="frames of a clip")
+    command.add_argument("--frames", type=int, default=9, help="frames of a clip, 4n+1 for the VAE")
+    makes = command
+    command = add("show", "draw a contact sheet with one case of each kind")
+    command.add_argument("out", type=Path, help="PNG to write")
+    command.add_argument("--video", action="store_true", help="clips: first, middle and last frame")
+    for command in (makes, command):
+        command.add_argument("--seed", type=int, default=0, help="another seed gives other cases")
+        command.add_argument("--split", choices=("train", "heldout"), default="train",
+                             help="heldout: every case has a combination that train never has")
+    command = add("score", "judge the results for a dataset")
+    command.add_argument("data", type=Path, help="folder that make wrote")
+    command.add_argument("results", type=Path, nargs="?", help="folder with 000000.png, 000001.mp4, 000002/ ...")
+    command.add_argument("--json", type=Path, help="also write every figure to this file")
+    command.add_argument("--vae", type=Path, help="weights of a WanVAE: also judge its round trip of the targets")
     return parser, parser.parse_args()
 
 
 def main():
     parser, args = parse()
     try:
-        make(args.out, args.count, args.video_share, args.seed, args.split, args.size, args.frames)
+        if args.command == "make":
+            make(args.out, args.count, args.video_share, args.seed, args.split, args.size, args.frames)
+        elif args.command == "show":
+            show(args.out, args.seed, args.video, args.split)
+        else:
+            scores = score(args.data, args.results, load_vae(args.vae) if args.vae else None)
+            print(table(scores))
+            if args.json:
+                args.json.write_text(json.dumps(scores, indent=1) + "\n")
     except (OSError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
 
