@@ -39,14 +39,14 @@ from tqdm import tqdm
 
 LIMITS = {"inside": 0.30, "outside": 0.03, "window": 0.12, "rival": 1.0}  # a success is below all of them; see above
 WINDOW_SIDE = 8
-CHANGED = 8 / 255  # a pixel should change when one of its channels moves by more than this
+CHANGED = 8        # a pixel should change when one of its channels moves by more than this, of 255
 VISIBLE = 0.05     # a rival that differs from the target by less, on average where it differs at all, does not count
 SEEDS = 10**7      # cases between one --seed and the next
 
 KINDS = ("swap", "color", "add", "remove", "style", "tone", "hybrid", "ref_swap", "ref_add")
 SHAPES = ("circle", "square", "triangle", "star")
 COLORS = {
-    "red": (214, 28, 44), "orange": (250, 126, 10), "yellow": (255, 228, 44), "green": (28, 146, 70),
+    "red": (214, 28, 44), "orange": (248, 116, 8), "yellow": (255, 228, 44), "green": (28, 146, 70),
     "blue": (28, 82, 226), "purple": (134, 40, 178), "pink": (255, 106, 184), "black": (26, 26, 32),
 }
 PLAIN = ("white", "gray", "sand")
@@ -94,7 +94,7 @@ REFERENCE = ("the object in the reference image", "the object from the reference
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. Over a clip it moves in a straight line from start to end; in an image, and when still, both are one."""
+    """One shape. Over a clip it moves straight from start to end; in an image, and when still, the two are equal."""
 
     color: str
     shape: str
@@ -173,23 +173,26 @@ def apart(one, other):
     return bool((gap >= GAP).all())
 
 
-def draw_thing(rng, name, video):
+def draw_thing(rng, name, moves):
     size = pick(rng, ("small", "large"))
     place = pick(rng, PLACES)
     jitter = lambda: tuple((rng.random(2) * 2 - 1) * JITTER[size])
     spot = lambda place: tuple(float(a + b) for a, b in zip(cell_center(place), jitter()))
     start = spot(place)
-    moves = video and rng.random() < 0.7
     return Thing(*name, size, start, spot(pick(rng, neighbors(place))) if moves else start)
 
 
 def draw_scene(rng, video):
-    """One to three things, no two with the same color and shape, so that "the red circle" is one thing."""
+    """One to three things, no two with the same color and shape, so that "the red circle" is one thing.
+
+    In a clip the first of them always moves.
+    """
     count = int(rng.integers(1, 4))
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:count]]
     things = []
     while len(things) < count:
-        thing = draw_thing(rng, names[len(things)], video)
+        moves = video and (not things or rng.random() < 0.6)
+        thing = draw_thing(rng, names[len(things)], moves)
         if all(apart(thing, other) for other in things):
             things.append(thing)
     return Scene(pick(rng, tuple(GROUNDS)), tuple(things))
@@ -292,8 +295,8 @@ class Draft:
         first = pick(self.rng, ("swap", "color", "add", "remove"))
         self.apply(first)
         self.apply(pick(self.rng, ("swap", "color", "add", "remove", "style", "tone", "style", "tone")))
-        if first == "color" and self.scene.look in ("sketch", "gray"):
-            raise Redraw  # half of the edit could not be seen
+        if self.scene.look and not self.scene.things or first == "color" and self.scene.look in ("sketch", "gray"):
+            raise Redraw  # half of the edit could hardly be seen
 
     def refer(self, name):
         """A reference image of name, on a plain ground that is not the scene's."""
@@ -461,7 +464,7 @@ def distance(shape, x, y):
 
 
 def stamp(canvas, thing, pad, color, stroke=None):
-    """Paints a thing on canvas (T, H+2 pad, W+2 pad, 3), its edge blended over one pixel. stroke: width of an outline."""
+    """Paints a thing, its edge blended over one pixel, on canvas (T, H+2 pad, W+2 pad, 3). stroke: outline width."""
     side = canvas.shape[1] - 2 * pad
     radius = RADII[thing.size] * side
     reach = int(np.ceil(radius)) + 2
@@ -637,18 +640,28 @@ def judge(source, target, output, rivals=()):
     """
     if not source.shape == target.shape == output.shape:
         raise ValueError(f"source {source.shape}, target {target.shape} and output {output.shape} must have one shape")
-    source, target, output = (np.asarray(x, np.float32) / 255 for x in (source, target, output))
-    change, error = np.abs(source - target), np.abs(output - target).mean(axis=-1)      # (T, H, W, 3), (T, H, W)
-    changed = change.max(axis=-1) > CHANGED
+    changed = differs(source, target)                                                   # (T, H, W)
     if not changed.any():
         raise ValueError("source and target are the same: there is no edit to judge")
+    error = np.abs(np.subtract(output, target, dtype=np.float32)).mean(axis=-1) / 255   # (T, H, W)
     scores = {
-        "inside": float(error[changed].mean() / change[changed].mean()),
+        "inside": float(error[changed].mean() / far(source, target, changed)),
         "outside": float(error[~changed].mean()) if not changed.all() else 0.0,
         "window": worst_window(error),
-        "rival": max((nearness(target, output, error, rival) for rival in rivals), default=0.0),
+        "rival": max((nearness(target, output, rival) for rival in rivals), default=0.0),
     }
     return scores | {"success": all(scores[name] < limit for name, limit in LIMITS.items())}
+
+
+def differs(one, other):
+    """Where two uint8 (T, H, W, 3) differ by more than a trace, (T, H, W)."""
+    red, green, blue = np.moveaxis(np.abs(np.subtract(one, other, dtype=np.int16)) > CHANGED, -1, 0)
+    return red | green | blue
+
+
+def far(one, other, pixels):
+    """Mean absolute difference over the pixels of a mask (T, H, W), in [0, 1]."""
+    return float(np.abs(np.subtract(one[pixels], other[pixels], dtype=np.float32)).mean() / 255)
 
 
 def worst_window(error):
@@ -659,14 +672,12 @@ def worst_window(error):
     return float(window.max() / side**2)
 
 
-def nearness(target, output, error, rival):
+def nearness(target, output, rival):
     """(distance of output to target) / (distance to rival), both where those two differ; 0.0 if they hardly do."""
-    rival = rival.astype(np.float32) / 255
-    gap = np.abs(rival - target)
-    differ = gap.max(axis=-1) > CHANGED
-    if not differ.any() or gap[differ].mean() < VISIBLE:
+    pixels = differs(target, rival)
+    if not pixels.any() or far(target, rival, pixels) < VISIBLE:
         return 0.0
-    return float(error[differ].mean() / max(np.abs(output - rival)[differ].mean(), 1e-6))
+    return far(output, target, pixels) / max(far(output, rival, pixels), 1e-6)
 
 
 def round_trip(vae, frames):
@@ -803,7 +814,7 @@ def sheet(cases, columns=2):
     for i, (case, card) in enumerate(zip(cases, cards)):
         x, y = i % columns * width + MARGIN, i // columns * height + MARGIN
         page.paste(card, (x, y))
-        lines = textwrap.fill(case.instruction, card.width // 8)
+        lines = textwrap.fill(case.instruction, int(card.width / 7.2))
         paint.text((x, y + card.height + 8), lines, (40, 40, 46), font)
     return page
 
