@@ -133,8 +133,7 @@ def test_a_shape_is_painted_where_it_is():
             weight = 244.0 - frame[..., 0]
             y, x = (np.arange(64) + 0.5) @ weight.sum(axis=1), (np.arange(64) + 0.5) @ weight.sum(axis=0)
             assert np.allclose(np.array([x, y]) / weight.sum(), center, atol=0.05)
-    assert world.where(still) == "bottom left" and world.where(moving) == "from the top left to the center" \
-        or world.where(moving) == "from the top left to the right"
+    assert (world.where(still), world.where(moving)) == ("bottom left", "from the top left to the right")
 
 
 def test_clips_move_and_images_do_not():
@@ -246,7 +245,7 @@ def test_vocabulary_is_small_and_complete():
 @pytest.mark.parametrize("video", [False, True])
 def test_judge_accepts_the_truth_and_rejects_the_untouched_source(video):
     """A judge that an untouched source satisfies, or that the truth does not, measures nothing."""
-    for case in cases(KINDS, 2 if video else 12, video):
+    for case in cases(KINDS, 2 if video else 8, video):
         wrong = case_rivals(case)
         perfect = judge(case.source, case.target, case.target, wrong)
         assert perfect == {"inside": 0, "outside": 0, "window": 0, "rival": 0, "success": True}
@@ -270,7 +269,7 @@ def test_judge_forgives_what_a_vae_does(video):
 
 def test_judge_rejects_every_wrong_color():
     """Orange for yellow on a small star is a small error in pixels; it is a wrong edit all the same."""
-    for case in cases(("color", "swap", "add", "ref_swap", "ref_add"), 8):
+    for case in cases(("color", "swap", "add", "ref_swap", "ref_add"), 5):
         [(_, new)] = edited(case)
         for color in set(world.COLORS) - {new.color}:
             assert not accepts(case, with_things(case.target_scene, new, replace(new, color=color))), (case.kind, color)
@@ -312,7 +311,7 @@ def test_judge_rejects_the_right_edit_of_the_wrong_object(video):
 def test_judge_rejects_damage_to_what_should_stay(video):
     """The right edit with a second object gone, recolored, or a third one invented is not a success."""
     tried = 0
-    for case in cases(KINDS, 8 if not video else 2, video):
+    for case in cases(KINDS, 6 if not video else 1, video):
         for thing in set(case.target_scene.things) & set(case.source_scene.things):
             assert not accepts(case, with_things(case.target_scene, thing, None)), (case.kind, case.seed)
             if case.target_scene.look not in ("gray", "sketch"):
@@ -320,13 +319,13 @@ def test_judge_rejects_damage_to_what_should_stay(video):
                 damaged = with_things(case.target_scene, thing, replace(thing, color=color))
                 assert not accepts(case, damaged), (case.kind, case.seed, thing)
             tried += 1
-    assert tried > 15
+    assert tried > 12
 
 
 @pytest.mark.parametrize("video", [False, True])
 def test_judge_rejects_half_a_hybrid(video):
     """The large half of a hybrid (the night) must not carry the small one (a star recolored)."""
-    for case in cases(("hybrid",), 60 if not video else 10, video):
+    for case in cases(("hybrid",), 40 if not video else 6, video):
         pairs, look = edited(case), case.target_scene.look
         halves = [with_things(case.target_scene, new, old) for old, new in pairs if new]
         halves += [replace(case.target_scene, things=(*case.target_scene.things, old)) for old, new in pairs if not new]
@@ -338,7 +337,7 @@ def test_judge_rejects_half_a_hybrid(video):
 
 def test_judge_rejects_the_wrong_look():
     """Night for sunset, mosaic for blur."""
-    for case in cases(("style", "tone"), 8):
+    for case in cases(("style", "tone"), 6):
         for look in set(world.LOOK) - {case.target_scene.look}:
             assert not accepts(case, replace(case.target_scene, look=look)), (case.target_scene, look)
 
@@ -442,16 +441,19 @@ def test_score_of_a_vae(tmp_path):
     """The round trip must hand the VAE (1, 3, T, H, W) in [-1, 1] and come back to the same bytes."""
     import torch
 
+    seen = []
+
     class Identity(torch.nn.Linear):
         def encode(self, video):
-            assert video.shape[:2] == (1, 3) and video.shape[2] in (1, 9) and -1 <= video.min() and video.max() <= 1
-            assert video.max() > 0.5 and video.min() < 0.5
+            assert video.shape[:2] == (1, 3) and video.shape[2] in (1, 9)
+            seen.extend((video.min().item(), video.max().item()))
             return video
 
         decode = encode
 
     world.make(tmp_path, 18, video_share=0.5)
     scores = world.score(tmp_path, vae=Identity(1, 1))
+    assert -1 <= min(seen) < -0.75 and 0.75 < max(seen) <= 1
     assert all(row["vae"] == {"success": 100, "inside": 0, "outside": 0, "missing": 0} for row in scores["rows"])
     assert "result" not in scores["rows"][0] and "vae" in world.table(scores)
 
