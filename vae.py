@@ -71,56 +71,69 @@ PRESETS = {
 }
 
 
-# --- layers. `cache` is the dict of everyone's past, or None: a lone image, which has neither past nor future. ---------
+# --- layers. Inside, x is (B, T, H, W, C): that order in memory is what convolutions and norms are fastest on, on CPU and
+# GPU alike. `cache` is the dict of everyone's past, or None: a lone image, which has neither past nor future. ----------
+
+
+def conv2d(x, weight, bias, stride=1, padding=0):
+    """Every frame of x (B, T, H, W, C) by itself."""
+    y = F.conv2d(x.flatten(0, 1).movedim(-1, 1), weight, bias, stride, padding)
+    return y.movedim(1, -1).unflatten(0, x.shape[:2]).contiguous()
+
+
+def pointwise(x, conv):
+    """A convolution whose kernel is one point is a linear layer over the channels; x (..., C)."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class CausalConv3d(nn.Conv3d):
     """Convolution that sees, over time, only the present and the past. Zeros stand before the clip."""
 
-    def __init__(self, in_channels, out_channels, kernel, stride=1, past=None):
-        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+    def __init__(self, in_channels, out_channels, kernel, stride=(1, 1, 1), past=2):
         super().__init__(in_channels, out_channels, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
-        self.past = kernel[0] - 1 if past is None else past  # how many earlier frames it keeps by itself
+        self.past = past  # how many earlier frames it keeps and puts before a chunk
 
     def forward(self, x, cache):
-        seen = x if cache is None or self not in cache else torch.cat([cache[self], x], dim=2)
+        seen = torch.cat([cache[self], x], dim=1) if cache and self in cache else x
         if cache is not None and self.past:
-            cache[self] = seen[:, :, -self.past :].clone()  # a view would keep the whole chunk alive
-        if seen.shape[2] == 1 and self.past:  # all but the last tap of the kernel would meet zeros
-            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])[:, :, None]
-        missing = self.past + x.shape[2] - seen.shape[2]
-        return super().forward(F.pad(seen, (0, 0, 0, 0, missing, 0)) if missing else seen)
+            cache[self] = seen[:, -self.past :].clone()  # a view would keep the whole chunk alive
+        if self.past and seen.shape[1] == 1:  # all but the last tap of the kernel would meet zeros
+            return conv2d(x, self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+        zeros = self.past + x.shape[1] - seen.shape[1]
+        seen = F.pad(seen, (0, 0, 0, 0, 0, 0, zeros, 0)) if zeros else seen
+        return super().forward(seen.movedim(-1, 1)).movedim(1, -1).contiguous()
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the channels, x (B, C, ...). Official: F.normalize(x) * sqrt(C) * gamma. Its eps bounds the norm from
-    below instead of joining the mean of squares, so nn.RMSNorm would differ where activations are near zero."""
+    """RMSNorm over the channels, x (..., C). Official: F.normalize(x) * sqrt(C) * gamma, whose eps of 1e-12 is a lower
+    bound of the norm and no term inside the mean: with nn.RMSNorm's eps small activations would come out smaller."""
 
     def __init__(self, dim, spatial_dims=3):
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))  # the official shape
 
     def forward(self, x):
-        scale = self.gamma.float() * self.gamma.shape[0] ** 0.5
-        return (F.normalize(x.float(), dim=1) * scale).type_as(x)
+        x32, scale = x.float(), self.gamma.float().flatten() * self.gamma.shape[0] ** 0.5
+        # not F.normalize itself: on the CPU its norm is 10 times slower
+        return (x32 * x32.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt() * scale).type_as(x)
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, in_dim, out_dim):
         super().__init__()
         self.residual = nn.Sequential(
-            RMSNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, 3),
-            RMSNorm(out_dim), nn.SiLU(), nn.Identity(), CausalConv3d(out_dim, out_dim, 3),
+            RMSNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, (3, 3, 3)),
+            RMSNorm(out_dim), nn.SiLU(), nn.Identity(), CausalConv3d(out_dim, out_dim, (3, 3, 3)),
         )  # fmt: skip  # the Identity holds the place of a dropout of 0, so that the last layer keeps its number
-        self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
+        self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
 
     def forward(self, x, cache):
-        skip = x if self.shortcut is None else self.shortcut(x, cache)
+        skip = x if self.shortcut is None else pointwise(x, self.shortcut)
         return skip + run(self.residual, x, cache)
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head among the h*w positions of each frame; frames do not see each other."""
+    """Self-attention with one head among the H*W positions of each frame; frames do not see each other."""
 
     def __init__(self, dim):
         super().__init__()
@@ -130,12 +143,10 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.proj.weight)  # the block starts as the identity, as in the official code
 
     def forward(self, x, cache):
-        return x + per_frame(self.attend, x)
-
-    def attend(self, x):
-        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # each (N, 1, hw, C)
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return self.proj(y.transpose(1, 2).unflatten(2, x.shape[2:]))
+        tokens = self.norm(x).flatten(2, 3)                                   # (B, T, HW, C)
+        q, k, v = pointwise(tokens, self.to_qkv).chunk(3, dim=-1)             # T stands where heads would
+        y = F.scaled_dot_product_attention(q, k, v)                           # (B, T, HW, C)
+        return x + pointwise(y, self.proj).view_as(x)                         # (B, T, H, W, C)
 
 
 class Downsample(nn.Module):
@@ -143,17 +154,18 @@ class Downsample(nn.Module):
 
     def __init__(self, dim, temporal):
         super().__init__()
-        # padding on the right and at the bottom only, so that an even size halves exactly
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim, 3))  # official names: the layer is resample.1
         # Joins the frame before the chunk with the chunk, in steps of two: it needs one frame of the past, not two.
         self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), past=0) if temporal else None
 
     def forward(self, x, cache):
-        x = per_frame(self.resample, x)
+        conv = self.resample[1]
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))  # right and bottom only, so that an even size halves exactly
+        x = conv2d(x, conv.weight, conv.bias, stride=2)
         if self.time_conv is None or cache is None:
             return x
-        past, cache[self] = cache.get(self), x[:, :, -1:].clone()
-        return x if past is None else self.time_conv(torch.cat([past, x], dim=2), cache)
+        past, cache[self] = cache.get(self), x[:, -1:].clone()
+        return x if past is None else self.time_conv(torch.cat([past, x], dim=1), cache)
 
 
 class Upsample(nn.Module):
@@ -161,34 +173,27 @@ class Upsample(nn.Module):
 
     def __init__(self, dim, temporal):
         super().__init__()
-        # nearest-exact equals nearest for a factor of two
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim // 2, 3))  # as in Downsample
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x, cache):
         if self.time_conv is not None and cache is not None:
             # time_conv never sees frame 0: not as input, and not as past of frame 1, which has zeros there instead
             x, cache[self] = (self.double(x, cache) if self in cache else x), True
-        return per_frame(self.resample, x)
+        conv = self.resample[1]
+        x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2, -1).flatten(2, 3).flatten(3, 4)  # nearest neighbor
+        return conv2d(x, conv.weight, conv.bias, padding=1)
 
     def double(self, x, cache):
-        even, odd = self.time_conv(x, cache).chunk(2, dim=1)
-        return torch.stack([even, odd], dim=3).flatten(2, 3)
+        even, odd = self.time_conv(x, cache).chunk(2, dim=-1)
+        return torch.stack([even, odd], dim=2).flatten(1, 2)
 
 
 def run(layers, x, cache):
     """Sequential's loop, for layers of which some have a past."""
     for layer in layers:
-        x = layer(x, cache) if isinstance(layer, HAS_PAST) else layer(x)
+        x = layer(x) if isinstance(layer, (RMSNorm, nn.SiLU, nn.Identity)) else layer(x, cache)
     return x
-
-
-HAS_PAST = (CausalConv3d, ResidualBlock, AttentionBlock, Downsample, Upsample)
-
-
-def per_frame(layer, x):
-    """Applies a 2D layer to every frame of x (B, C, T, H, W)."""
-    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 def middle(dim):
@@ -196,14 +201,14 @@ def middle(dim):
 
 
 def head(dim, out_dim):
-    return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, 3))
+    return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, (3, 3, 3)))
 
 
 class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, layers = config.dim, []
-        self.conv1 = CausalConv3d(3, width, 3)
+        self.conv1 = CausalConv3d(3, width, (3, 3, 3))
         for mult, temporal in zip(config.dim_mult, (*config.temporal_downsample, None)):
             for _ in range(config.num_res_blocks):
                 layers.append(ResidualBlock(width, config.dim * mult))
@@ -225,7 +230,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, layers = config.dim * config.dim_mult[-1], []
-        self.conv1 = CausalConv3d(config.z_dim, width, 3)
+        self.conv1 = CausalConv3d(config.z_dim, width, (3, 3, 3))
         self.middle = middle(width)
         for mult, temporal in zip(config.dim_mult[::-1], (*config.temporal_downsample[::-1], None)):
             for _ in range(config.num_res_blocks + 1):  # one more than in the encoder
@@ -253,8 +258,8 @@ class WanVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
-        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.conv1 = nn.Conv3d(config.z_dim * 2, config.z_dim * 2, 1)
+        self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
         self.set_latent_statistics(config.latents_mean, config.latents_std)
 
@@ -293,7 +298,7 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def decode_stream(self, z, chunk=1):
         """Yields decode's frames as they come: first frame 0 alone, then 4 * chunk frames (B, 3, t, H, W) at a time."""
-        z = self.cast(z) * self.latents_std + self.latents_mean
+        z = z.to(self.conv1.weight) * self.latents_std + self.latents_mean
         for frames in self.decode_raw(z, chunk):
             yield frames.clamp(-1, 1)
 
@@ -303,8 +308,8 @@ class WanVAE(nn.Module):
         stride = self.temporal_stride
         chunks = video.split([1, *(stride * n for n in parts(video.shape[2] // stride, chunk))], dim=2)
         cache = {} if len(chunks) > 1 else None
-        features = torch.cat([self.encoder(self.cast(frames), cache) for frames in chunks], dim=2)
-        return self.conv1(features, None).chunk(2, dim=1)
+        features = torch.cat([self.encoder(self.channels_last(frames), cache) for frames in chunks], dim=1)
+        return pointwise(features, self.conv1).movedim(-1, 1).contiguous().chunk(2, dim=1)
 
     def reconstruct(self, z, chunk=1):
         """z not normalised, for instance a sample from `moments` -> video (B, 3, T, H, W), not clamped."""
@@ -317,10 +322,10 @@ class WanVAE(nn.Module):
         chunks = z.split([1, *parts(z.shape[2] - 1, chunk)], dim=2)
         cache = {} if len(chunks) > 1 else None
         for latents in chunks:
-            yield self.decoder(self.conv2(self.cast(latents), None), cache)
+            yield self.decoder(pointwise(self.channels_last(latents), self.conv2), cache).movedim(-1, 1)
 
-    def cast(self, x):
-        return x.to(self.conv1.weight)
+    def channels_last(self, x):
+        return x.to(self.conv1.weight).movedim(1, -1).contiguous()
 
     def check_video(self, video):
         space, stride = self.spatial_stride, self.temporal_stride
