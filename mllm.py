@@ -1,22 +1,22 @@
 """Qwen2.5-VL by hand: what sees the pictures, reads the instruction, and carries the learnable queries.
 
     pictures ─► patches ─► vision tower ─► one embedding per 2x2 patches ─┐
-    words ─► token embeddings ────────────────────────────────────────────┴► + queries at the end ─► decoder ─► hidden states
+    words ─► token embeddings ────────────────────────────────────────────┴► + queries ─► decoder ─► hidden states
 
 What is unusual, beside an ordinary vision-language model:
-- Vision attention is local: windows of 112 px, and full attention in 4 of 32 blocks. Full means full per frame: no vision
-  block sees two frames of a clip at once (beyond the 2 frames of a patch). Patches are sorted once so that windows, and so
-  frames, of equal size are neighbours: attention is then a few batched SDPA calls, and no n x n mask is ever built.
-- Positions have three axes (time, row, column: M-RoPE). Text counts all three up together. Time is in seconds, not frames.
-- `forward` returns hidden states, not logits: the editor keeps those at the queries, which stand after the last token as if
-  they were text. `lm_head` and `generate` make it an ordinary chat model, for captions and for checking what it sees.
+- Vision attention is local: windows of 112 px, and full attention in 4 of 32 blocks. Full means full per frame: no
+  vision block sees two frames of a clip at once (beyond the 2 frames of a patch). Patches are sorted once so that
+  windows of equal size are neighbours: attention is then a few batched SDPA calls, and no n x n mask is ever built.
+- Positions have three axes (time, row, column: M-RoPE). Text counts all three up together. Time is in seconds.
+- `forward` returns hidden states, not logits: the editor keeps those at the queries, which stand after the last token
+  as if they were text. `lm_head` and `generate` make it an ordinary chat model, for captions and to check what it sees.
 - LoRA lives here too, on the language model only, under the names that PEFT writes.
 
-From the Qwen2.5-VL report (arXiv 2502.13923) and its release in transformers 4.49, whose positions are those it was trained
-with. Later versions differ for text after a clip: 4.56 rounds the seconds per frame down first, and 5.x starts that text
+From the Qwen2.5-VL report (arXiv 2502.13923) and its release in transformers 4.49, whose positions it was trained with.
+Later versions differ for text after a clip: 4.56 rounds the seconds per frame down first, and 5.x starts that text
 after the largest row or column whatever the time. Parameter names are the official checkpoint's.
 
-Letters: B batch, L prompt tokens, Q queries, T = L + Q, D width, N patches, H heads, G heads of keys and values, d head width.
+Letters: B batch, L prompt tokens, Q queries, T = L + Q, D width, N patches, H heads, G heads of keys, d head width.
 
     python mllm.py photo.jpg "What is this?" --weights FOLDER
 """
@@ -59,7 +59,7 @@ class VisionConfig:
 
     def __post_init__(self):
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"vision hidden_size {self.hidden_size} must be a multiple of 4 * num_heads ({self.num_heads})")
+            raise ValueError(f"vision hidden_size {self.hidden_size} is no multiple of 4 * {self.num_heads} heads")
         if self.window_size < self.patch_size * self.spatial_merge_size:
             raise ValueError(f"window_size {self.window_size} is smaller than one merged patch")
 
@@ -89,9 +89,9 @@ class Qwen2_5_VLConfig:
             raise ValueError(f"heads do not divide: hidden_size {self.hidden_size}, num_attention_heads "
                              f"{self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads}")
         if 2 * sum(self.mrope_section) != self.head_dim:
-            raise ValueError(f"mrope_section {self.mrope_section} must add up to half of the head width {self.head_dim}")
-        if self.vision_config.out_hidden_size != self.hidden_size:
-            raise ValueError(f"vision out_hidden_size {self.vision_config.out_hidden_size} is not hidden_size {self.hidden_size}")
+            raise ValueError(f"mrope_section {self.mrope_section} must add up to half the head width {self.head_dim}")
+        if (width := self.vision_config.out_hidden_size) != self.hidden_size:
+            raise ValueError(f"vision out_hidden_size {width} is not hidden_size {self.hidden_size}")
 
     @property
     def head_dim(self):
@@ -99,25 +99,23 @@ class Qwen2_5_VLConfig:
 
     @classmethod
     def from_dict(cls, raw):
-        """Reads the hub's flat layout and the nested one of newer exports. ValueError for what this file does not do."""
+        """Reads the hub's flat layout and the nested one of newer exports. ValueError for what is not supported."""
         flat = {**(raw.get("text_config") or {}), **{key: value for key, value in raw.items() if value is not None}}
-        vision = {key: value for key, value in (flat.pop("vision_config", None) or {}).items() if value is not None}
         flat.pop("text_config", None)
-        rope = {**(flat.pop("rope_scaling", None) or {}), **(flat.pop("rope_parameters", None) or {})}
-        flat |= {key: rope.pop(key) for key in ("mrope_section", "rope_theta") if key in rope}
+        flat |= (flat.pop("rope_scaling", None) or {}) | (flat.pop("rope_parameters", None) or {})
+        vision = {key: value for key, value in (flat.pop("vision_config", None) or {}).items() if value is not None}
         if "in_chans" in vision:                                    # the hub's name; transformers calls it in_channels
             vision["in_channels"] = vision.pop("in_chans")
-        if vision.pop("spatial_patch_size", None) not in (None, vision.get("patch_size", 14)):
+        if vision.pop("spatial_patch_size", None) not in (None, vision.get("patch_size", VisionConfig.patch_size)):
             raise ValueError("config.json: spatial_patch_size and patch_size differ")
-        for given in (rope, flat, vision):
-            refuse_other_models(given)
         return cls(**known(cls, flat), vision_config=VisionConfig(**known(VisionConfig, vision)))
 
     def to_dict(self):
         """The hub's flat layout."""
         flat = asdict(self)
-        return {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu", **flat,
-                "rope_scaling": {"type": "mrope", "mrope_section": list(flat.pop("mrope_section"))}}
+        rope = {"type": "mrope", "mrope_section": list(flat.pop("mrope_section"))}
+        return {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+                "hidden_act": "silu", **flat, "rope_scaling": rope}
 
 
 PRESETS = {
@@ -127,51 +125,46 @@ PRESETS = {
         num_key_value_heads=4, tie_word_embeddings=False, vision_config=VisionConfig(out_hidden_size=3584)),
     "tiny": Qwen2_5_VLConfig(
         vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, mrope_section=(2, 3, 3), image_token_id=505, video_token_id=506, vision_start_token_id=503,
-        vision_end_token_id=504,
-        vision_config=VisionConfig(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=8, window_size=32,
-                                   fullatt_block_indexes=(1, 3), out_hidden_size=64)),
+        num_key_value_heads=2, mrope_section=(2, 3, 3), vision_start_token_id=503, vision_end_token_id=504,
+        image_token_id=505, video_token_id=506,
+        vision_config=VisionConfig(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=8,
+                                   window_size=32, fullatt_block_indexes=(1, 3), out_hidden_size=64)),
 }
 
-# What other models of the family set and this one does not do: a config.json may only repeat the value given here.
-FIXED = {"hidden_act": ("silu",), "type": ("mrope", "default"), "rope_type": ("mrope", "default"), "use_sliding_window": (False,)}
+# What other models of the family set and this one does not do: a config.json may only repeat these values.
+FIXED = {"hidden_act": ("silu",), "type": ("mrope", "default"), "rope_type": ("mrope", "default"),
+         "use_sliding_window": (False,)}
 # Bookkeeping, training settings and generation defaults in released config.json files: they change no hidden state.
 IRRELEVANT = {
-    "architectures", "model_type", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "vision_token_id",
-    "initializer_range", "max_position_embeddings", "max_window_layers", "sliding_window", "layer_types", "use_cache",
-    "torch_dtype", "dtype", "transformers_version", "return_dict", "output_hidden_states", "output_attentions",
+    "architectures", "model_type", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
+    "vision_token_id", "initializer_range", "max_position_embeddings", "max_window_layers", "sliding_window",
+    "layer_types", "torch_dtype", "dtype", "transformers_version", "return_dict", "output_hidden_states",
+    "output_attentions",
 }
-
-
-def refuse_other_models(given):
-    """ValueError for a setting that would need another forward."""
-    for key, allowed in FIXED.items():
-        if given.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"config.json: {key} is {given[key]!r}; only {allowed[0]!r} is supported")
 
 
 def known(cls, given):
-    """The fields of a config class out of a dict; what is neither a field nor known to be irrelevant is an error."""
+    """The fields of a config class out of a dict. ValueError for a setting that would be lost or is not supported."""
     names = {entry.name for entry in fields(cls)}
+    for key, allowed in FIXED.items():
+        if given.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"config.json: {key} is {given[key]!r}; only {allowed[0]!r} is supported")
     odd = sorted(key for key in given.keys() - names - IRRELEVANT - FIXED.keys() if not key.startswith("_"))
     if odd:
         raise ValueError(f"config.json: unknown settings {', '.join(odd)}; known are {', '.join(sorted(names))}")
     return {key: tuple(given[key]) if isinstance(given[key], list) else given[key] for key in names & given.keys()}
 
 
-# --- shared by both towers --------------------------------------------------------------------------------------------
-
-
 def attention(q, k, v, mask=None, causal=False):
     """q (B, T, H, d), k and v (B, S, G, d), mask (B, 1, T, S) True where seen -> (B, T, H, d). G divides H."""
-    if k.shape[2] != q.shape[2]:                        # spelled out, because not every SDPA kernel knows fewer K/V heads
+    if k.shape[2] != q.shape[2]:                    # spelled out: not every SDPA kernel takes fewer heads of keys
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
 def rotate(x, cos, sin):
-    """x (..., H, d), cos and sin (..., 1, d/2). Channel i turns with channel i + d/2: halves, where Wan turns neighbours."""
+    """x (..., H, d), cos and sin (..., 1, d/2). Channel i turns with i + d/2: halves, where Wan pairs neighbours."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -202,9 +195,6 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# --- vision tower -----------------------------------------------------------------------------------------------------
-
-
 def patch_layout(grids, config):
     """Where every patch is, in the order of the checkpoint: merged patches in raster order, their 2x2 patches inside.
 
@@ -216,7 +206,7 @@ def patch_layout(grids, config):
     for t, h, w in grids:
         ranges = map(torch.arange, (t, h // merge, w // merge, merge, merge))
         f, y, x, inner_y, inner_x = torch.cartesian_prod(*ranges).T
-        down, across = -(-h // merge // side), -(-w // merge // side)               # windows at the edges may be smaller
+        down, across = -(-h // merge // side), -(-w // merge // side)               # those at the edges may be smaller
         window = (f * down + y // side) * across + x // side
         parts.append(torch.stack([y * merge + inner_y, x * merge + inner_x, window + windows, f + frames]))
         windows, frames = windows + t * down * across, frames + t
@@ -295,13 +285,13 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
 
     def rope(self, rows, columns):
-        """(N,) rows and columns -> cos, sin (N, 1, d/2). The first half turns with the row, the second with the column."""
+        """(N,) rows and columns -> cos, sin (N, 1, d/2): one half turns with the row, the other with the column."""
         speed = frequencies(self.config.hidden_size // self.config.num_heads // 2, 10000.0, rows.device)
         angles = torch.cat([rows[:, None] * speed, columns[:, None] * speed], dim=-1)[:, None]
         return angles.cos(), angles.sin()
 
     def forward(self, patches, grids):
-        """patches (N, channels * frames * pixels of one) of all pictures in turn, grids a list of (t, h, w) -> (N/4, D)."""
+        """patches (N, channels * frames * pixels) of all pictures in turn, grids a list of (t, h, w) -> (N/4, D)."""
         rows, columns, window, frame = patch_layout(grids, self.config)
         by_window, windows = pack(window)
         by_frame, frames = pack(frame)
@@ -321,9 +311,6 @@ class VisionTower(nn.Module):
         return self.merger(x[to_raster])                                    # (N/4, D)
 
 
-# --- language model ---------------------------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -337,7 +324,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask=None, cache=None):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)                           # q (B, T, H, d), k v (B, T, G, d)
-        if cache is not None:                                               # a dict: each layer finds its own past in it
+        if cache is not None:                                               # a dict: each layer finds its own past
             if self in cache:
                 k, v = (torch.cat([past, new], dim=1) for past, new in zip(cache[self], (k, v)))
             cache[self] = k, v
@@ -362,61 +349,53 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False             # training: keep one activation per layer, recompute the others
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rope(self, positions):
-        """(3, B, T) positions -> cos, sin (B, T, 1, d/2). Each pair of channels turns with one axis: see mrope_section."""
+        """(3, B, T) positions -> cos, sin (B, T, 1, d/2). A pair of channels turns with one axis: see mrope_section."""
         speed = frequencies(self.config.head_dim, self.config.rope_theta, positions.device)
         axis = [axis for axis, number in enumerate(self.config.mrope_section) for _ in range(number)]
         angles = (positions[axis].movedim(0, -1) * speed)[:, :, None]
         return angles.cos(), angles.sin()
 
-    def forward(self, x, positions, mask=None, cache=None):
-        """x (B, T, D) embeddings, positions (3, B, T), mask (B, 1, T, T) or None for causal -> (B, T, D) after the last norm."""
+    def forward(self, x, positions, mask=None, cache=None, recompute=False):
+        """x (B, T, D) embeddings, positions (3, B, T), mask (B, 1, T, T) or None for causal -> (B, T, D).
+
+        recompute: keep only each layer's input for the backward pass. cache: a dict that this fills and reads; after a
+        prompt, one token at a time.
+        """
         rope = self.rope(positions.to(x.device))
         for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
+            if recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, mask, use_reentrant=False)
             else:
                 x = layer(x, rope, mask, cache)
         return self.norm(x)
 
 
-def vision_runs(ids, config):
-    """Splits token ids (a list) into runs of text and of vision: yields (is_vision, first, last + 1)."""
-    vision, first = {config.image_token_id, config.video_token_id}, 0
-    while first < len(ids):
-        last, inside = first, ids[first] in vision
-        while last < len(ids) and (ids[last] == ids[first] if inside else ids[last] not in vision):
-            last += 1
-        yield inside, first, last
-        first = last
-
-
 def mrope_positions(ids, images, videos, config):
-    """Positions of one row of token ids without padding -> (3, L) int64.
+    """Positions of one row of token ids (a list, without padding) -> (3, L) int64. ValueError if the grids do not fit.
 
-    images, videos: iterators of (t, h, w, seconds per t) with h and w in merged patches. A text token has the same index on
-    all axes. A picture starts after the largest index so far and spans (time, h, w); what follows starts after ITS largest.
+    images, videos: iterators of (t, h, w, seconds per t) with h and w in merged patches. A text token has the same
+    index on all axes. A picture starts after the largest index so far and spans (time, h, w); what follows starts after
+    its largest index on any axis.
     """
-    blocks, start = [], 0
-    for is_vision, i, end in vision_runs(ids, config):
-        while i < end:                                                      # neighbouring pictures would be one run
-            if is_vision:
-                t, h, w, seconds = next(images if ids[i] == config.image_token_id else videos, (0, 0, 0, 0))
-                if not 0 < t * h * w <= end - i:
-                    raise ValueError(f"{end - i} vision tokens at {i} do not match their grid ({t} x {h} x {w} tokens)")
-                # In float32 as released: a frame at 0.7 s * 10 then falls on 7 s, not on the 6 of a product in float64.
-                times = (torch.arange(t, dtype=torch.float32) * seconds * config.vision_config.tokens_per_second).long()
-                block = torch.cartesian_prod(times, torch.arange(h), torch.arange(w)).T
-            else:
-                block = torch.arange(end - i).expand(3, -1)
-            blocks.append(block + start)
-            start = int(blocks[-1].max()) + 1
-            i += block.shape[1]
+    kinds, blocks, start, i = {config.image_token_id: images, config.video_token_id: videos}, [], 0, 0
+    while i < len(ids):
+        if ids[i] in kinds:
+            t, h, w, seconds = next(kinds[ids[i]], (0, 0, 0, 0))
+            if not 0 < t * h * w == ids[i:i + t * h * w].count(ids[i]):
+                raise ValueError(f"the vision tokens at position {i} do not match their grid of {t} x {h} x {w} tokens")
+            # In float32 as released, so that a product just below a whole number rounds to it here when it did there.
+            times = (torch.arange(t, dtype=torch.float32) * seconds * config.vision_config.tokens_per_second).long()
+            block = torch.cartesian_prod(times, torch.arange(h), torch.arange(w)).T
+        else:
+            length = next((n for n, token in enumerate(ids[i:]) if token in kinds), len(ids) - i)
+            block = torch.arange(length).expand(3, -1)
+        blocks.append(block + start)
+        start, i = int(blocks[-1].max()) + 1, i + block.shape[1]
     return torch.cat(blocks, dim=1)
 
 
@@ -452,6 +431,7 @@ class Qwen2_5_VL(nn.Module):
     def __init__(self, config=PRESETS["3B"]):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False             # training: keep each layer's input, recompute the rest
         self.visual = VisionTower(config.vision_config)
         self.model = Decoder(config)
         self.lm_head = (TiedHead(self.model.embed_tokens) if config.tie_word_embeddings
@@ -474,8 +454,8 @@ class Qwen2_5_VL(nn.Module):
                 x = x.flatten(0, 1).index_copy(0, places.to(x.device), seen).view_as(x)
         return x
 
-    def positions(self, input_ids, attention_mask=None, image_grid_thw=None, video_grid_thw=None, second_per_grid_ts=None,
-                  queries=0):
+    def positions(self, input_ids, attention_mask=None, image_grid_thw=None, video_grid_thw=None,
+                  second_per_grid_ts=None, queries=0):
         """(3, B, L + queries) int64 on the CPU. Queries count on from the last token as text does. Padding gets 0."""
         merge = self.config.vision_config.spatial_merge_size
         videos = grids_of(video_grid_thw)
@@ -498,8 +478,8 @@ class Qwen2_5_VL(nn.Module):
         """Hidden states after the final norm, (B, L + Q, D), in the weights' dtype.
 
         Args:
-            input_ids: (B, L) int64. Best left on the CPU, as the processor returns it: positions are computed from it there.
-            attention_mask: (B, L), 0 for padding, which must be on the left. It changes nothing for the tokens that are real.
+            input_ids: (B, L) int64. Best left on the CPU, as the processor returns it: positions are computed there.
+            attention_mask: (B, L), 0 for padding, which must be on the left and changes nothing for the real tokens.
             pixel_values, pixel_values_videos: (N, 1176) patches of the images, of the videos, of all rows in turn.
             image_grid_thw, video_grid_thw: (n, 3) their frames, rows and columns in patches.
             second_per_grid_ts: (n videos,) seconds from one temporal patch to the next; 1.0 if left out, as released.
@@ -511,24 +491,27 @@ class Qwen2_5_VL(nn.Module):
         count = 0 if queries is None else queries.shape[-2]
         mask = None if attention_mask is None else left_padding_mask(attention_mask, count)
         if position_ids is None:
-            position_ids = self.positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts, count)
-        x = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)  # (B, L, D)
+            position_ids = self.positions(input_ids, attention_mask, image_grid_thw, video_grid_thw,
+                                          second_per_grid_ts, count)                            # (3, B, L + Q)
+        x = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos,
+                       video_grid_thw)                                                          # (B, L, D)
         if queries is not None:
             queries = queries.to(x).expand(len(x), -1, -1)                                      # (B, Q, D)
             x = torch.cat([x, queries], dim=1)                                                  # (B, L + Q, D)
         mask = mask if mask is None else mask.to(x.device)                                      # (B, 1, L + Q, L + Q)
-        return self.model(x, position_ids, mask)                                                # (B, L + Q, D)
+        return self.model(x, position_ids, mask, recompute=self.gradient_checkpointing)         # (B, L + Q, D)
 
     @torch.no_grad()
     def greedy(self, inputs, stop, max_new_tokens):
         """The likeliest continuation of one prompt as a list of ids, up to and without the first id in `stop`."""
-        inputs, ids, cache = dict(inputs), [], {}
-        if len(inputs["input_ids"]) != 1:
-            raise ValueError(f"generate takes one prompt, not a batch of {len(inputs['input_ids'])}")
-        seen = {key: inputs.get(key) for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
-        positions = self.positions(inputs["input_ids"], **seen)
-        x = self.embed(inputs["input_ids"], inputs.get("pixel_values"), seen["image_grid_thw"],
-                       inputs.get("pixel_values_videos"), seen["video_grid_thw"])
+        prompt, ids, cache = inputs["input_ids"], [], {}
+        if len(prompt) != 1:
+            raise ValueError(f"generate takes one prompt, not a batch of {len(prompt)}")
+        if inputs.get("attention_mask") is not None:
+            prompt = prompt[:, inputs["attention_mask"][0].bool()]                              # drop the padding
+        images, videos = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
+        positions = self.positions(prompt, None, images, videos, inputs.get("second_per_grid_ts"))
+        x = self.embed(prompt, inputs.get("pixel_values"), images, inputs.get("pixel_values_videos"), videos)
         start = int(positions.max()) + 1
         while len(ids) < max_new_tokens:
             token = self.lm_head(self.model(x, positions, cache=cache)[:, -1:]).argmax(dim=-1)  # (1, 1)
@@ -546,9 +529,9 @@ class Qwen2_5_VL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None):
-        """path: a folder with config.json and safetensors (one file, or an index of shards), or one file beside its config.json.
+        """path: a folder with config.json and safetensors (one file, or an index of shards), or one file beside it.
 
-        dtype None keeps what is stored. On the CPU the tensors are mapped, not read. Without a config.json it is the 3B.
+        dtype None keeps what is stored. On the CPU tensors are mapped, not read. Without a config.json it is the 3B.
         Raises FileNotFoundError, or ValueError for anything that does not fit.
         """
         files = find_files(Path(path))
@@ -564,18 +547,19 @@ class Qwen2_5_VL(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Writes config.json (the hub's layout) and model.safetensors (official names). ValueError while LoRA is not merged."""
-        if any(".lora_" in name for name in self.state_dict()):
-            raise ValueError("this model carries LoRA: merge_lora(model) first, or keep lora_state_dict(model) beside it")
+        """Writes config.json (the hub's layout) and model.safetensors (official names). ValueError if it has LoRA."""
+        if lora_layers(self):
+            raise ValueError("this model carries LoRA: merge_lora(model) first, or save lora_state_dict(model) instead")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
         replace(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-        replace(folder / "config.json", lambda file: file.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n"))
+        config = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        replace(folder / "config.json", lambda file: file.write_text(config))
 
 
 def init_weights(module):
-    """N(0, 0.02) and zero biases, as the release was initialised: PyTorch's N(0, 1) embedding would swamp a tied head."""
+    """N(0, 0.02) and zero biases, the family's initialisation: PyTorch's N(0, 1) embedding would swamp a tied head."""
     if isinstance(module, (nn.Linear, nn.Conv3d, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
@@ -594,8 +578,6 @@ def check_patches(patches, grids, config):
     if tuple(patches.shape) != (number, width):
         raise ValueError(f"patches are {tuple(patches.shape)}; their grids and the config ask for ({number}, {width})")
 
-
-# --- LoRA -------------------------------------------------------------------------------------------------------------
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
@@ -635,7 +617,7 @@ def lora_layers(model):
 
 
 def add_lora(model, rank=64, alpha=64, targets=LORA_TARGETS):
-    """Wraps the targeted layers of the language model (never the vision tower's, of the same names), and freezes all else.
+    """Wraps the targeted layers of the language model (the vision tower has some of these names), freezes all else.
 
     Raises ValueError for a target that no layer has, a rank below 1, or a model that has LoRA already.
     """
@@ -644,7 +626,7 @@ def add_lora(model, rank=64, alpha=64, targets=LORA_TARGETS):
     layers = {name: module for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
     unknown = set(targets) - {name.split(".")[-1] for name in layers}
     if unknown or rank < 1 or not targets:
-        raise ValueError(f"LoRA of rank {rank} on {sorted(unknown or targets)}: rank is 1 or more, targets out of {LORA_TARGETS}")
+        raise ValueError(f"LoRA of rank {rank} on {list(targets)}: rank is 1 or more, targets are of {LORA_TARGETS}")
     model.requires_grad_(False)
     for name, linear in layers.items():
         parent, _, leaf = name.rpartition(".")
@@ -653,7 +635,7 @@ def add_lora(model, rank=64, alpha=64, targets=LORA_TARGETS):
 
 
 def merge_lora(model):
-    """Adds the updates to the weights, in float32, and puts plain layers back: as fast as without LoRA. ValueError if none."""
+    """Adds the updates to the weights, in float32, and puts plain layers back: no cost is left. ValueError if none."""
     if not lora_layers(model):
         raise ValueError("the model has no LoRA to merge")
     for name, layer in lora_layers(model):
@@ -667,7 +649,7 @@ def lora_state_dict(model):
 
 
 def load_lora(model, tensors):
-    """Fills the LoRA that add_lora made from tensors under PEFT's names, old layout or new, dtype as given. Strict: ValueError."""
+    """Fills the LoRA that add_lora made. tensors: {PEFT's name: tensor}, either layout. ValueError unless all fit."""
     given = {official_name(name.removeprefix(PEFT_PREFIX)): t for name, t in tensors.items()}
     expected = {name: t for name, t in model.state_dict().items() if ".lora_" in name}
     if not expected:
@@ -681,11 +663,9 @@ def adapter_config(model):
     """What PEFT's adapter_config.json must say beside lora_state_dict(model) to be read there."""
     layers = lora_layers(model)
     names = sorted({name.split(".")[-1] for name, _ in layers})
-    return {"peft_type": "LORA", "r": layers[0][1].rank, "lora_alpha": layers[0][1].alpha, "bias": "none", "lora_dropout": 0.0,
+    return {"peft_type": "LORA", "r": layers[0][1].rank, "lora_alpha": layers[0][1].alpha, "bias": "none",
             "target_modules": rf"model\.(language_model\.)?layers\.\d+\.\w+\.({'|'.join(names)})"}
 
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 # Newer exports put both towers below `model`: their prefix -> the official one.
 RENAMES = {"model.visual.": "visual.", "model.language_model.": "model."}
@@ -700,23 +680,29 @@ def official_name(name):
 
 def read_json(file):
     try:
-        return json.loads(file.read_text())
+        given = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{file} should hold a JSON object, not a {type(given).__name__}")
+    return given
 
 
 def read_config(file):
-    return Qwen2_5_VLConfig.from_dict(read_json(file)) if file.exists() else PRESETS["3B"]
+    try:
+        return Qwen2_5_VLConfig.from_dict(read_json(file)) if file.exists() else PRESETS["3B"]
+    except (TypeError, AttributeError) as error:                    # a word where a number should be, and the like
+        raise ValueError(f"{file} is not a Qwen2.5-VL config: {error}") from None
 
 
 def find_files(path):
-    """The file(s) that hold the weights: path itself, or in a folder the shards of an index, or the only .safetensors."""
+    """The files that hold the weights: path itself, or in a folder the shards of an index, or the only .safetensors."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; it should be a folder with config.json and *.safetensors")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{path}: {index.name} names {', '.join(missing)}, not found there")
         return files
@@ -743,7 +729,8 @@ def check_tensors(expected, given, source):
            "unexpected": [name for name in given if name not in shapes],
            "misshaped": [f"{name} {list(t.shape)} instead of {shapes[name]}" for name, t in given.items()
                          if name in shapes and list(t.shape) != shapes[name]]}
-    problems = [f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}" for kind, names in odd.items() if names]
+    problems = [f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
+                for kind, names in odd.items() if names]
     if problems:
         raise ValueError(f"{source} does not fit this model: {'; '.join(problems)}")
 
@@ -755,14 +742,12 @@ def replace(file, write):
     os.replace(partial, file)
 
 
-# --- processor: words and pictures to tokens and patches ----------------------------------------------------------------
-
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SYSTEM_PROMPT = "You are a helpful assistant."          # what the chat template says when nobody says anything else
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
-    """The nearest size whose sides are multiples of `factor` and whose area is in bounds; the aspect ratio is almost kept."""
+    """The nearest size with sides in multiples of `factor` and an area in bounds. The aspect ratio is almost kept."""
     if max(height, width) >= 200 * min(height, width):
         raise ValueError(f"a picture of {width}x{height} is too narrow: one side must be less than 200 times the other")
     h, w = round(height / factor) * factor, round(width / factor) * factor
@@ -781,16 +766,20 @@ def picture(image):
         return image.convert("RGB")
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ValueError(f"a picture is {array.dtype} {array.shape}; it should be a PIL image or uint8 (height, width, 3)")
+        raise ValueError(f"a picture is {array.dtype} {array.shape}; it should be PIL or uint8 (height, width, 3)")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 class Processor:
-    """The official chat template, resizing and patches. Settings are those of preprocessor_config.json; `max_pixels` is the
-    knob for memory and time: a picture costs one token per (patch_size * merge_size)^2 pixels, a clip per two frames."""
+    """The official chat template, resizing and patches. Settings are those of preprocessor_config.json.
 
-    def __init__(self, tokenizer, patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=3136, max_pixels=12845056,
-                 image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711)):
+    `max_pixels` (of one picture or frame) is the knob for memory and time: 28 x 28 pixels become one token, and in a
+    clip 28 x 28 pixels of two frames.
+    """
+
+    def __init__(self, tokenizer, patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=3136,
+                 max_pixels=12845056, image_mean=(0.48145466, 0.4578275, 0.40821073),
+                 image_std=(0.26862954, 0.26130258, 0.27577711)):
         self.tokenizer = tokenizer                                  # a tokenizers.Tokenizer
         self.patch_size, self.temporal_patch_size, self.merge_size = patch_size, temporal_patch_size, merge_size
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
@@ -812,9 +801,11 @@ class Processor:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing; it comes with the Qwen2.5-VL weights")
         raw = read_json(folder / "preprocessor_config.json")
-        size = raw.get("size") or {}                                # newer exports: the bounds under other names
-        raw = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | raw
-        names = ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "image_mean", "image_std")
+        for ours, theirs in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if raw.get(ours) is None:                               # newer exports have the bounds under other names
+                raw[ours] = (raw.get("size") or {}).get(theirs)
+        names = ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "image_mean",
+                 "image_std")
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:                                  # tokenizers raises bare Exception
@@ -833,27 +824,26 @@ class Processor:
         replace(folder / "tokenizer.json", lambda file: self.tokenizer.save(str(file)))
 
     def encode(self, text):
-        """Token ids of plain text. ValueError if it spells a special token: words must not open a turn or place a picture."""
-        if not isinstance(text, str):
-            raise ValueError(f"text must be a string, not {type(text).__name__}")
+        """Token ids of text. ValueError if it spells a special token: words must not open a turn or place a picture."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if found := self.reserved.intersection(ids):
             raise ValueError(f"text must not contain the special token {self.tokenizer.id_to_token(min(found))}")
         return ids
 
     def patches(self, frames):
-        """List of PIL images of one size -> float32 (N, channels * frames * pixels), and their grid (t, h, w) in patches."""
+        """List of PIL images of one size -> float32 (N, channels * frames * pixels), and their grid (t, h, w)."""
         patch, merge, depth = self.patch_size, self.merge_size, self.temporal_patch_size
         height, width = smart_resize(frames[0].height, frames[0].width, patch * merge, self.min_pixels, self.max_pixels)
         pixels = np.stack([np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in frames])
-        pixels = np.concatenate([pixels, pixels[-1:].repeat(-len(pixels) % depth, axis=0)])  # fill the last temporal patch
+        pixels = np.concatenate([pixels, pixels[-1:].repeat(-len(pixels) % depth, axis=0)])  # fill the last patch
         t, h, w = len(pixels) // depth, height // patch, width // patch
         cut = pixels.reshape(t, depth, h // merge, merge, patch, w // merge, merge, patch, 3)
-        cut = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, 3, -1)  # merged patches, inside them 2x2 patches
+        cut = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, 3, -1)   # 2x2 to merge are neighbours
         # A channel has 256 values: normalise those, with the roundings of the release, and look them up.
         mean, std = np.float32(self.image_mean)[:, None], np.float32(self.image_std)[:, None]
         table = ((np.arange(256) * (1 / 255)).astype(np.float32) - mean) / std      # (3, 256)
-        return torch.from_numpy(table[np.arange(3)[:, None], cut]).flatten(1), (t, h, w)
+        values = np.stack([table[channel].take(cut[:, channel]) for channel in range(3)], axis=1)
+        return torch.from_numpy(values).flatten(1), (t, h, w)
 
     def __call__(self, instruction, image=None, video=None, references=(), system=None, fps=2.0):
         """One prompt, in the order of the paper: system prompt, instruction, source image or video, references.
@@ -869,6 +859,9 @@ class Processor:
         """
         if image is not None and video is not None:
             raise ValueError("the source is an image or a video, not both")
+        system = SYSTEM_PROMPT if system is None else system
+        if not isinstance(instruction, str) or not isinstance(system, str):
+            raise ValueError("instruction and system prompt must be strings")
         inputs, shown = {}, []
         if video is not None:
             inputs |= self.video(video, fps)
@@ -878,8 +871,8 @@ class Processor:
             inputs |= {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
             shown += [("<|image_pad|>", grid) for grid in inputs["image_grid_thw"]]
         start, end = [self.ids["<|im_start|>"]], [self.ids["<|im_end|>"], *self.encode("\n")]
-        ids = start + self.encode(f"system\n{SYSTEM_PROMPT if system is None else system}") + end
-        ids += start + self.encode(f"user\n{instruction}")
+        ids = start + self.encode("system\n" + system) + end
+        ids += start + self.encode("user\n" + instruction)
         for name, grid in shown:
             pads = [self.ids[name]] * (int(grid.prod()) // self.merge_size ** 2)
             ids += [self.ids["<|vision_start|>"], *pads, self.ids["<|vision_end|>"]]
@@ -901,14 +894,12 @@ class Processor:
         length = max(prompt["input_ids"].shape[1] for prompt in prompts)
         left = [length - prompt["input_ids"].shape[1] for prompt in prompts]
         ids = [F.pad(prompt["input_ids"], (n, 0), value=self.pad_id) for prompt, n in zip(prompts, left)]
-        batch = {"input_ids": torch.cat(ids), "attention_mask": (torch.arange(length) >= torch.tensor(left)[:, None]).long()}
+        mask = torch.arange(length) >= torch.tensor(left)[:, None]
+        batch = {"input_ids": torch.cat(ids), "attention_mask": mask.long()}
         for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
             if found := [prompt[key] for prompt in prompts if key in prompt]:
                 batch[key] = torch.cat(found)
         return batch
-
-
-# --- python mllm.py ---------------------------------------------------------------------------------------------------
 
 
 def open_media(path, count):
@@ -931,9 +922,9 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("media", help="an image or a video file")
     parser.add_argument("question", help='for example "What is this?"')
-    parser.add_argument("--weights", required=True, help="folder of Qwen2.5-VL: config.json, *.safetensors, tokenizer.json, ...")
+    parser.add_argument("--weights", required=True, help="folder with config.json, *.safetensors, tokenizer.json")
     parser.add_argument("--frames", type=int, default=13, help="how many frames of a clip are shown")
-    parser.add_argument("--max-pixels", type=int, default=602112, help="larger pictures and frames are scaled down to this")
+    parser.add_argument("--max-pixels", type=int, default=602112, help="larger pictures and frames are scaled down")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     args = parser.parse_args()
