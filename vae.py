@@ -24,13 +24,18 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio.v2 as imageio
+import imageio.v3 as iio
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -47,9 +52,9 @@ class VAEConfig:
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latents_mean: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-                                       0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
+                                       0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
     latents_std: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-                                      3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+                                      3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # JSON has lists; a config must be hashable and comparable
@@ -57,22 +62,22 @@ class VAEConfig:
             object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(f"temporal_downsample needs one entry fewer than dim_mult: {len(self.dim_mult) - 1}, "
-                             f"not {len(self.temporal_downsample)}")  # fmt: skip
+                             f"not {len(self.temporal_downsample)}")
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
             raise ValueError(f"latents_mean and latents_std need z_dim = {self.z_dim} values, "
-                             f"not {len(self.latents_mean)} and {len(self.latents_std)}")  # fmt: skip
+                             f"not {len(self.latents_mean)} and {len(self.latents_std)}")
 
 
 PRESETS = {
     "wan2.1": VAEConfig(),
     "tiny": VAEConfig(dim=8, num_res_blocks=1),  # the released layout, for tests
     "shapes": VAEConfig(dim=24, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True),
-                        latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),  # fmt: skip
+                        latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
 }
 
 
-# --- layers. Inside, x is (B, T, H, W, C): that order in memory is what convolutions and norms are fastest on, on CPU and
-# GPU alike. `cache` is the dict of everyone's past, or None: a lone image, which has neither past nor future. ----------
+# Layers. Inside, x is (B, T, H, W, C): convolutions and norms are fastest on this order in memory, CPU and GPU alike.
+# `cache` is the dict of everyone's past, or None for a lone image, which has neither past nor future.
 
 
 def conv2d(x, weight, bias, stride=1, padding=0):
@@ -113,9 +118,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))  # the official shape
 
     def forward(self, x):
-        x32, scale = x.float(), self.gamma.float().flatten() * self.gamma.shape[0] ** 0.5
-        # not F.normalize itself: on the CPU its norm is 10 times slower
-        return (x32 * x32.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt() * scale).type_as(x)
+        scale = self.gamma.float().flatten() * self.gamma.shape[0] ** 0.5
+        return (F.normalize(x.float(), dim=-1) * scale).type_as(x)
 
 
 class ResidualBlock(nn.Module):
@@ -124,7 +128,7 @@ class ResidualBlock(nn.Module):
         self.residual = nn.Sequential(
             RMSNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, (3, 3, 3)),
             RMSNorm(out_dim), nn.SiLU(), nn.Identity(), CausalConv3d(out_dim, out_dim, (3, 3, 3)),
-        )  # fmt: skip  # the Identity holds the place of a dropout of 0, so that the last layer keeps its number
+        )  # the Identity holds the place of a dropout of 0, so that the last layer keeps its number
         self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
 
     def forward(self, x, cache):
@@ -146,7 +150,7 @@ class AttentionBlock(nn.Module):
         tokens = self.norm(x).flatten(2, 3)                                   # (B, T, HW, C)
         q, k, v = pointwise(tokens, self.to_qkv).chunk(3, dim=-1)             # T stands where heads would
         y = F.scaled_dot_product_attention(q, k, v)                           # (B, T, HW, C)
-        return x + pointwise(y, self.proj).view_as(x)                         # (B, T, H, W, C)
+        return x + pointwise(y, self.proj).unflatten(2, x.shape[2:4])         # (B, T, H, W, C)
 
 
 class Downsample(nn.Module):
@@ -284,20 +288,21 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, video, chunk=1):
-        """video (B, 3, T, H, W) in [-1, 1], on any device, any float dtype; T = 4n + 1, H and W multiples of 8 (or as the
-        strides say) -> normalised posterior mean (B, z_dim, F, h, w), in the weights' dtype. ValueError for other shapes.
-        Memory beyond the result is that of one chunk."""
+        """video (B, 3, T, H, W) in [-1, 1], any device and float dtype; T = 4n + 1, H and W multiples of 8 (or as the
+        strides say) -> normalised posterior mean (B, z_dim, F, h, w), in the weights' dtype. ValueError for other
+        shapes. Memory beyond input and result is that of one chunk."""
         mean, _ = self.moments(video, chunk)
         return (mean - self.latents_mean) / self.latents_std
 
     @torch.no_grad()
     def decode(self, z, chunk=1):
-        """z as from encode -> video (B, 3, T, H, W) in [-1, 1], in the weights' dtype. ValueError for other channels."""
-        return torch.cat(list(self.decode_stream(z, chunk)), dim=2)
+        """z as from encode -> video (B, 3, T, H, W) in [-1, 1], in the weights' dtype. ValueError for other shapes."""
+        return torch.cat(list(self.decode_stream(z, chunk)), dim=2).contiguous()
 
     @torch.no_grad()
     def decode_stream(self, z, chunk=1):
         """Yields decode's frames as they come: first frame 0 alone, then 4 * chunk frames (B, 3, t, H, W) at a time."""
+        self.check_latents(z)
         z = z.to(self.conv1.weight) * self.latents_std + self.latents_mean
         for frames in self.decode_raw(z, chunk):
             yield frames.clamp(-1, 1)
@@ -306,19 +311,18 @@ class WanVAE(nn.Module):
         """video as for encode -> posterior mean and log-variance, each (B, z_dim, F, h, w), not normalised."""
         self.check_video(video)
         stride = self.temporal_stride
-        chunks = video.split([1, *(stride * n for n in parts(video.shape[2] // stride, chunk))], dim=2)
+        chunks = video.split([1, *(stride * n for n in parts((video.shape[2] - 1) // stride, chunk))], dim=2)
         cache = {} if len(chunks) > 1 else None
         features = torch.cat([self.encoder(self.channels_last(frames), cache) for frames in chunks], dim=1)
         return pointwise(features, self.conv1).movedim(-1, 1).contiguous().chunk(2, dim=1)
 
     def reconstruct(self, z, chunk=1):
         """z not normalised, for instance a sample from `moments` -> video (B, 3, T, H, W), not clamped."""
-        return torch.cat(list(self.decode_raw(z, chunk)), dim=2)
+        self.check_latents(z)
+        return torch.cat(list(self.decode_raw(z, chunk)), dim=2).contiguous()
 
     def decode_raw(self, z, chunk):
         """Yields reconstruct's frames as they come."""
-        if z.ndim != 5 or z.shape[1] != self.config.z_dim:
-            raise ValueError(f"latents must be (B, {self.config.z_dim}, F, h, w), not {tuple(z.shape)}")
         chunks = z.split([1, *parts(z.shape[2] - 1, chunk)], dim=2)
         cache = {} if len(chunks) > 1 else None
         for latents in chunks:
@@ -329,23 +333,29 @@ class WanVAE(nn.Module):
 
     def check_video(self, video):
         space, stride = self.spatial_stride, self.temporal_stride
-        if video.ndim != 5 or video.shape[1] != 3:
+        if video.ndim != 5 or video.shape[1] != 3 or not video.numel():
             raise ValueError(f"video must be (B, 3, T, H, W), not {tuple(video.shape)}")
+        if not video.is_floating_point():
+            raise ValueError(f"video must be floating point in [-1, 1] (bytes / 127.5 - 1), not {video.dtype}")
         T, H, W = video.shape[2:]
         if T % stride != 1 % stride:
             raise ValueError(f"T must be {stride}n + 1 frames (1, {stride + 1}, {2 * stride + 1}, ...), not {T}")
-        if H % space or W % space or not H * W:
+        if H % space or W % space:
             raise ValueError(f"H and W must be multiples of {space}, not {H} x {W}")
+
+    def check_latents(self, z):
+        if z.ndim != 5 or z.shape[1] != self.config.z_dim or not z.numel():
+            raise ValueError(f"latents must be (B, {self.config.z_dim}, F, h, w), not {tuple(z.shape)}")
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None):
-        """path: a file (.safetensors or .pth, official or diffusers names) or a folder with one; config.json beside it is
-        read. dtype None keeps what is stored. Raises FileNotFoundError, or ValueError for anything that does not fit."""
+        """path: a file (.safetensors or .pth, official or diffusers names) or a folder with one; config.json beside it
+        is read. dtype None keeps what is stored. FileNotFoundError, or ValueError for anything that does not fit."""
         files = find_files(Path(path))
         with torch.device("meta"):
             model = cls(read_config(files[0].parent / "config.json"))
-        tensors = official_names({name: t for file in files for name, t in read_tensors(file, device).items()},
-                                 model.config)  # fmt: skip
+        tensors = {name: t for file in files for name, t in read_tensors(file, device).items()}
+        tensors = official_names(tensors, model.config)
         check_tensors(model.state_dict(), tensors, path)
         model.load_state_dict({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, assign=True)
         model.set_latent_statistics(model.config.latents_mean, model.config.latents_std)  # until here on meta
@@ -356,7 +366,7 @@ class WanVAE(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {key: getattr(self.config, ours) for key, ours in CONFIG_KEYS.items()}
-        config = json.dumps({"_class_name": "WanVAE", **config, "attn_scales": []}, indent=2) + "\n"
+        config = json.dumps({"_class_name": "AutoencoderKLWan", **config, "attn_scales": []}, indent=2) + "\n"
         replace(folder / "config.json", lambda file: file.write_text(config))
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
         replace(folder / "model.safetensors", lambda file: save_file(tensors, file))
@@ -369,20 +379,22 @@ def parts(total, size):
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-# --- files: diffusers' keys and names become ours ---------------------------------------------------------------------
+# Files: diffusers' keys and names become ours.
 
 CONFIG_KEYS = {"base_dim": "dim", "z_dim": "z_dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
                "temperal_downsample": "temporal_downsample",  # their spelling
-               "latents_mean": "latents_mean", "latents_std": "latents_std"}  # fmt: skip
-CONFIG_FIXED = {"attn_scales": [], "is_residual": False, "patch_size": None, "in_channels": 3, "out_channels": 3}
+               "latents_mean": "latents_mean", "latents_std": "latents_std"}
+CONFIG_FIXED = {"attn_scales": [], "is_residual": False, "patch_size": None, "in_channels": 3, "out_channels": 3,
+                "decoder_base_dim": None}
 CONFIG_UNUSED = {"dropout", "scale_factor_temporal", "scale_factor_spatial", "_class_name", "_diffusers_version",
-                 "_name_or_path", "decoder_base_dim"}  # fmt: skip
+                 "_name_or_path"}
 
 # diffusers name -> official name, applied in this order; the ResidualBlock's conv1 before conv_in becomes a conv1
 RENAMES = {".norm1.": ".residual.0.", ".conv1.": ".residual.2.", ".norm2.": ".residual.3.", ".conv2.": ".residual.6.",
            ".conv_shortcut.": ".shortcut.", ".down_blocks.": ".downsamples.", ".mid_block.resnets.0.": ".middle.0.",
            ".mid_block.attentions.0.": ".middle.1.", ".mid_block.resnets.1.": ".middle.2.", ".conv_in.": ".conv1.",
-           ".norm_out.": ".head.0.", ".conv_out.": ".head.2.", "post_quant_conv.": "conv2.", "quant_conv.": "conv1."}  # fmt: skip
+           ".norm_out.": ".head.0.", ".conv_out.": ".head.2.", "post_quant_conv.": "conv2.",
+           "quant_conv.": "conv1."}
 
 
 def official_names(tensors, config):
@@ -411,12 +423,14 @@ def read_config(file):
     if not file.exists():
         return VAEConfig()
     try:
-        given = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        given = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from None
     if given.get("_class_name") == "WanModel":
         return VAEConfig()
     given = {key: value for key, value in given.items() if key not in CONFIG_UNUSED}
+    if given.get("decoder_base_dim") == given.get("base_dim"):
+        given.pop("decoder_base_dim", None)
     for key, value in CONFIG_FIXED.items():
         if given.pop(key, value) != value:
             raise ValueError(f"{file}: {key} must be {json.dumps(value)}; this is not the Wan2.1 VAE's layout")
@@ -426,12 +440,12 @@ def read_config(file):
 
 
 def find_files(path):
-    """The file(s) that hold the weights: path itself, or in a folder Wan2.1_VAE.pth, the shards of an index, or the only
-    .safetensors or .pth."""
+    """The file(s) that hold the weights: path itself, or in a folder Wan2.1_VAE.pth (the official one has the DiT's
+    files beside it), the shards of an index, or the only .safetensors or .pth."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist: --weights / path must be a checkpoint file or its folder")
+        raise FileNotFoundError(f"{path} does not exist; it should be the VAE's checkpoint file, or its folder")
     if (path / "Wan2.1_VAE.pth").is_file():
         return [path / "Wan2.1_VAE.pth"]
     for index in path.glob("*.safetensors.index.json"):
@@ -454,7 +468,7 @@ def read_tensors(file, device):
                 return {name: tensors.get_tensor(name) for name in tensors.keys()}
         tensors = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # each format has its own kinds
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file} is damaged, or not a plain tensor file: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{file} must hold a dict of tensors and nothing else")
@@ -467,9 +481,10 @@ def check_tensors(expected, given, path):
     missing = [name for name in expected if name not in given]
     extra = [name for name in given if name not in expected]
     misshaped = [f"{name} {list(t.shape)} instead of {shape[name]}"
-                 for name, t in given.items() if name in shape and list(t.shape) != shape[name]]  # fmt: skip
+                 for name, t in given.items() if name in shape and list(t.shape) != shape[name]]
+    classes = (("missing", missing), ("unexpected", extra), ("misshaped", misshaped))
     problems = [f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-                for kind, names in (("missing", missing), ("unexpected", extra), ("misshaped", misshaped)) if names]  # fmt: skip
+                for kind, names in classes if names]
     if problems:
         raise ValueError(f"{path} does not fit this VAE: {'; '.join(problems)}")
 
@@ -479,3 +494,69 @@ def replace(file, write):
     partial = file.with_name(file.name + ".partial")
     write(partial)
     os.replace(partial, file)
+
+
+def read_media(file):
+    """An image or a clip -> uint8 frames (T, H, W, 3), and frames per second (None for an image)."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        return torch.from_numpy(np.array(image))[None], None
+    except UnidentifiedImageError:  # so it should be a clip
+        return torch.from_numpy(iio.imread(file, plugin="FFMPEG")), iio.immeta(file, plugin="FFMPEG")["fps"]
+
+
+def write_media(file, frames, fps):
+    """The reverse: one image if fps is None, else a clip."""
+    if fps is None:
+        return Image.fromarray(frames[0].numpy()).save(file)
+    even = frames.shape[1] % 2 == frames.shape[2] % 2 == 0  # yuv420p halves its colors' resolution
+    imageio.mimwrite(file, frames.numpy(), fps=fps, quality=9, macro_block_size=1,
+                     pixelformat="yuv420p" if even else "yuv444p")
+
+
+def pad(video, vae):
+    """Repeats the last frame, row and column until the VAE takes the shape; video (B, 3, T, H, W)."""
+    T, H, W = video.shape[2:]
+    right, bottom, end = -W % vae.spatial_stride, -H % vae.spatial_stride, -(T - 1) % vae.temporal_stride
+    return F.pad(video, (0, right, 0, bottom, 0, end), mode="replicate")
+
+
+def roundtrip(args):
+    dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
+    vae = WanVAE.from_pretrained(args.weights, args.device, dtype)
+    frames, fps = read_media(args.input)                                      # (T, H, W, 3)
+    T, H, W, _ = frames.shape
+    video = pad(frames.movedim(-1, 0)[None].float() / 127.5 - 1, vae)         # (1, 3, T', H', W')
+    start = time.perf_counter()
+    z = vae.encode(video)                                                     # (1, C, F, h, w)
+    encoded = time.perf_counter()
+    chunks = [((x.float().cpu() + 1) * 127.5).round().byte() for x in vae.decode_stream(z)]
+    decoded = time.perf_counter()
+    result = torch.cat(chunks, dim=2)[0, :, :T, :H, :W].movedim(0, -1)        # (T, H, W, 3)
+    write_media(args.output, result, fps)
+
+    mse = (result.float() - frames.float()).square().mean().item()
+    psnr = 10 * math.log10(255**2 / mse) if mse else math.inf
+    print(f"{T} x {H} x {W} pixels -> latents {' x '.join(map(str, z.shape[1:]))}: "
+          f"{frames.numel() / z.numel():.1f} times fewer numbers")
+    print(f"PSNR {psnr:.2f} dB, encode {encoded - start:.2f} s, decode {decoded - encoded:.2f} s -> {args.output}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Sends an image or a clip through the VAE and back, and says how much "
+                                     "is lost.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("input", type=Path, help="image or clip")
+    parser.add_argument("output", type=Path, help="where the round trip goes: .png, .jpg, .mp4, ...")
+    parser.add_argument("--weights", default="weights/shapes/vae", help="checkpoint file or folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", choices=("stored", "float32", "bfloat16", "float16"), default="stored",
+                        help="precision to run in; stored is that of the checkpoint")
+    args = parser.parse_args()
+    try:
+        roundtrip(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"vae.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
