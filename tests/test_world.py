@@ -98,6 +98,7 @@ def test_kinds_are_balanced():
     planned = list(world.plan(900, 0.3))
     assert {planned.count((kind, True)) for kind in KINDS} == {30}
     assert {planned.count((kind, False)) for kind in KINDS} == {70}
+    assert sorted(kind for kind, video in world.plan(27, 1 / 3) if video) == sorted(KINDS)
 
 
 def test_nothing_overlaps_or_leaves_the_frame():
@@ -345,6 +346,23 @@ def test_judge_rejects_the_wrong_look():
     for case in cases(("style", "tone"), 6):
         for look in set(world.LOOK) - {case.target_scene.look}:
             assert not accepts(case, replace(case.target_scene, look=look)), (case.target_scene, look)
+
+
+def test_rivals_are_the_target_with_one_fact_wrong():
+    """A missing kind of rival shows only in blurry results, where the other limits pass; so check the list."""
+    gone = Thing("red", "circle", "large", (0.2, 0.2), (0.2, 0.2))
+    old = Thing("blue", "square", "small", (0.8, 0.2), (0.8, 0.2))
+    new, kept = replace(old, color="green", shape="star"), Thing("pink", "star", "large", (0.5, 0.8), (0.5, 0.8))
+    source, target = Scene("gray", (gone, old, kept)), Scene("gray", (new, kept), "fog")
+    listed = {picture.tobytes() for picture in rivals(source, target)}
+    wrong = [replace(target, look=None), replace(target, look="night"), with_things(target, None, gone),
+             with_things(target, new, old), with_things(target, new, None), with_things(target, kept, None)]
+    for thing in (new, kept):
+        changed = [replace(thing, color="black"), replace(thing, shape="square")]
+        changed.append(replace(thing, size="small" if thing.size == "large" else "large"))
+        wrong += [with_things(target, thing, other) for other in changed]
+    assert all(render(scene).tobytes() in listed for scene in wrong)
+    assert render(target).tobytes() not in listed
 
 
 def test_judge_arithmetic():

@@ -774,7 +774,7 @@ TILE, MARGIN = 160, 16
 
 
 def tile(frame, side):
-    return Image.fromarray(frame).resize((side, side), Image.LANCZOS)
+    return Image.fromarray(frame).resize((side, side), Image.BICUBIC)
 
 
 def card_image(case):
