@@ -195,10 +195,10 @@ def list_frames(path):
     run = subprocess.run(ffmpeg(path, "-c", "copy", "-f", "framecrc"), capture_output=True, text=True, errors="replace")
     rows = [line.split(",") for line in run.stdout.splitlines() if line and line[0] != "#"]
     tick = re.search(r"#tb 0: (\d+/\d+)", run.stdout)
-    if run.returncode or not rows or not tick:
-        raise MediaError(f"{path} is neither an image nor a video that can be read, or it is damaged")
     if re.search("partial file|ended prematurely", run.stderr):
         raise MediaError(f"{path} is truncated: its end is missing")
+    if run.returncode or not rows or not tick:
+        raise MediaError(f"{path} is neither an image nor a video that can be read, or it is damaged")
     column = 2 if all(abs(int(row[2])) < 2**62 for row in rows) else 1  # AVI tells only the order of decoding
     return run.stderr.partition("Output #0")[0], sorted(int(row[column]) for row in rows), Fraction(tick[1])
 
@@ -300,7 +300,7 @@ def encoder(path, kind, frames, fps, source, sound):
             filters = f"scale=out_color_matrix={MATRICES[source.colors[0]]},format={layout},setparams=colorspace={{}}:"
             filters = (filters + "color_primaries={}:color_trc={}").format(*source.colors)
     # bitexact leaves out version numbers and random ids: the same frames make the same file.
-    return [get_ffmpeg_exe(), "-v", "error", "-y", *inputs, "-vf", filters, "-fps_mode", "passthrough",
+    return [get_ffmpeg_exe(), "-v", "error", "-y", *inputs, "-vf", filters, "-r", str(fps),
             "-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
             *CLIP_OPTIONS[kind].split(), os.path.abspath(path)]
 
