@@ -48,6 +48,8 @@ CLIP_OPTIONS = {
     ".gif": "-f gif", ".webp": "-c:v libwebp_anim -quality 95 -loop 0 -f webp", ".png": "-f apng -plays 0",
 }
 SILENT = (".gif", ".webp", ".png")
+# Between RGB and YUV ffmpeg is quick by default, and darkens a clip by a level each time.
+EXACT = "bicubic+accurate_rnd+full_chroma_int"
 MATRICES = {"bt709": "bt709", "smpte170m": "smpte170m", "bt470bg": "bt470", "bt2020nc": "bt2020"}  # as `scale` has them
 
 SMALLEST, LARGEST, LARGEST_AREA = 16, 8192, 4096 * 4096             # pixels
@@ -179,9 +181,10 @@ def read_clip(path, limit, size, check):
         raise MediaError(f"{path} has no frame that can be decoded")
     shown = re.search(r"Video: .*?([\d.]+) fps", header)
     fps, steady = frame_rate(stamps[:len(frames) + 1], tick, float(shown[1]) if shown else 25.0)
-    colors = re.search(rf"Video: [^,]+, \w+\((?:[^)]*, )?({'|'.join(MATRICES)})(?:/(\w+)/(\w+))?", header)
+    found = re.search(rf"Video: [^,]+, \w+\((?:[^)]*, )?({'|'.join(MATRICES)})(?:/(\w+)/(\w+))?", header)
+    colors = tuple(name or found[1] for name in found.groups()) if found else ()
     return Media(path, np.stack(frames), fps, max(len(stamps), len(frames)), steady, sound="Audio: " in header,
-                 delay=max(0.0, float(stamps[0] * tick)), colors=tuple(x or colors[1] for x in colors.groups()) if colors else ())
+                 delay=max(0.0, float(stamps[0] * tick)), colors=colors)
 
 
 def ffmpeg(path, *options):
@@ -221,8 +224,8 @@ def frame_rate(stamps, tick, shown):
 
 def decode(path, limit):
     """Yields the frames of a clip, uint8 (H, W, 3). As PPM, because each of its frames says how large it is."""
-    count = ("-frames:v", str(limit)) if limit else ()
-    command = ffmpeg(path, "-fps_mode", "passthrough", *count, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe")
+    options = ["-fps_mode", "passthrough", "-sws_flags", EXACT, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
+    command = ffmpeg(path, *options, *(["-frames:v", str(limit)] if limit else []))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         while process.stdout.readline() == b"P6\n":
@@ -295,10 +298,11 @@ def encoder(path, kind, frames, fps, source, sound):
     if not filters:
         # Half the resolution for colors takes even sides. Colors go back by the formula that they came by.
         layout = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-        filters = f"format={layout}"
+        filters = f"scale=flags={EXACT},format={layout}"
         if source.colors:
-            filters = f"scale=out_color_matrix={MATRICES[source.colors[0]]},format={layout},setparams=colorspace={{}}:"
-            filters = (filters + "color_primaries={}:color_trc={}").format(*source.colors)
+            matrix, primaries, transfer = source.colors
+            filters = (f"scale=flags={EXACT}:out_color_matrix={MATRICES[matrix]},format={layout},"
+                       f"setparams=colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}")
     # bitexact leaves out version numbers and random ids: the same frames make the same file.
     return [get_ffmpeg_exe(), "-v", "error", "-y", *inputs, "-vf", filters, "-r", str(fps),
             "-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
@@ -310,7 +314,7 @@ def encode(command, frames, progress):
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log)
         try:
-            with contextlib.suppress(BrokenPipeError), process.stdin:   # a broken pipe: it gave up, and its log says why
+            with contextlib.suppress(BrokenPipeError), process.stdin:   # broken: it gave up, and its log says why
                 for i, frame in enumerate(frames):
                     process.stdin.write(np.ascontiguousarray(frame))
                     if progress:
@@ -399,9 +403,9 @@ def width_by_height(text):
 
 EPILOG = f"""\
 Formats: {' '.join(IMAGE_OPTIONS)} for an image; {' '.join(CLIP_OPTIONS)} for a clip (.png is APNG, lossless).
-Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA / 1e6:.1f} million in all. A transparent image is shown to the model on white; .png and
-.webp keep its transparency. A clip whose frame rate varies is written at the average, so it lasts as long. A clip with
-an odd side keeps it, as H.264 4:4:4, which not every player shows."""
+Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA / 1e6:.1f} million in all. The model sees a transparent image
+on white; .png and .webp keep its transparency. A clip whose frame rate varies is written at the average, so it lasts
+as long. A clip with an odd side keeps it, as H.264 4:4:4, which not every player shows."""
 
 
 def parser():

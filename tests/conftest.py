@@ -15,7 +15,8 @@ def tiny_tokenizer():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in ("<|endoftext|>", *SPECIAL_TOKENS)])
+    names = ("<|endoftext|>", *SPECIAL_TOKENS)
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     return tokenizer
 
 
@@ -50,8 +51,9 @@ def make_tiny_weights(folder, trained=True):
     for model, name in zip(models, ("mllm", "mllm", "dit", "vae")):
         model.save_pretrained(folder / name)
     if trained:
-        config = InstructXConfig(mllm_dim=64, hidden_dim=48, context_dim=models[2].config.text_dim, image_queries=4, video_queries=6,
-                                 mllm_frames=3, lora_rank=2, lora_alpha=4.0, steps=2, guidance=2.0, shift=3.0)
+        config = InstructXConfig(mllm_dim=64, hidden_dim=48, context_dim=models[2].config.text_dim, image_queries=4,
+                                 video_queries=6, mllm_frames=3, lora_rank=2, lora_alpha=4.0, steps=2, guidance=2.0,
+                                 shift=3.0)
         model = InstructX.untrained(*models, config)
         model.dit.add_source_embedding()
         for name, p in model.named_parameters():

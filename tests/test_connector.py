@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import connector
 from connector import InstructX, InstructXConfig, locate, pad, shrink, spread
+from mllm import Qwen2_5_VL
 from sampler import FlowSampler
 
 
@@ -37,14 +38,16 @@ def picture(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
 
 
-IMAGE, CLIP, REFERENCES = picture(1, 24, 40), picture(6, 24, 40, seed=1), [picture(16, 24, seed=2), picture(40, 64, seed=3)]
+IMAGE, CLIP = picture(1, 24, 40), picture(6, 24, 40, seed=1)
+REFERENCES = [picture(16, 24, seed=2), picture(40, 64, seed=3)]
 
 
 @torch.inference_mode()
 def by_hand(model, frames, instruction, references=(), steps=2, guidance=2.0, shift=3.0, seed=0, fps=16.0):
     """One edit, each branch by itself and nothing shared between steps: what `edit` must be equal to."""
     references = [shrink(image, frames.shape[1] * frames.shape[2]) for image in references]
-    contexts = [model.context(model.prompt(frames, words, references, fps), len(frames) > 1) for words in (instruction, "")]
+    prompts = [model.prompt(frames, words, references, fps) for words in (instruction, "")]
+    contexts = [model.context(prompt, len(frames) > 1) for prompt in prompts]
     source, latents = model.encode(frames), [model.encode(image[None]) for image in references]
 
     def velocity(z, t):
@@ -76,7 +79,7 @@ def test_edit_is_two_branches_and_the_sampler(model, frames, references):
 def test_guidance_one_is_a_single_branch(model, monkeypatch):
     """Half the work, and the same numbers as the formula gives for 1."""
     batches, denoise = [], model.dit.denoise
-    monkeypatch.setattr(model.dit, "denoise", lambda z, t, condition: batches.append(len(z)) or denoise(z, t, condition))
+    monkeypatch.setattr(model.dit, "denoise", lambda z, *rest: batches.append(len(z)) or denoise(z, *rest))
     assert same(model.edit(IMAGE, "make it night", guidance=1), by_hand(model, IMAGE, "make it night", guidance=1.0))
     assert set(batches) == {1}
     model.edit(IMAGE, "make it night", guidance=1.5)
@@ -129,7 +132,8 @@ def test_progress_tells_every_phase(model):
     ({"frames": IMAGE.astype(np.float32)}, "uint8"), ({"frames": IMAGE[0]}, "uint8"), ({"frames": IMAGE[:0]}, "uint8"),
     ({"references": [IMAGE]}, "uint8"), ({"guidance": 0.5}, "guidance"), ({"guidance": float("nan")}, "guidance"),
     ({"guidance": float("inf")}, "guidance"), ({"steps": 0}, "steps"), ({"shift": -1.0}, "shift"),
-    ({"solver": "magic"}, "solver"), ({"instruction": "<|image_pad|>"}, "special token"), ({"instruction": None}, "str")])
+    ({"solver": "magic"}, "solver"), ({"instruction": "<|image_pad|>"}, "special token"),
+    ({"instruction": None}, "string")])
 def test_arguments_that_make_no_edit(model, arguments, said):
     """A wrong dtype or a NaN must not come out as a grey picture after minutes."""
     with pytest.raises(ValueError, match=said):
@@ -143,7 +147,8 @@ def test_arguments_that_make_no_edit(model, arguments, said):
 def test_padded_batch_is_separate_prompts(model):
     """Instruction and empty instruction differ in length: the shorter one is padded, which it must not notice."""
     for frames in (IMAGE, CLIP):
-        prompts = [model.prompt(frames, words, REFERENCES) for words in ("a long instruction, to be padded for", "", "x")]
+        instructions = ("a long instruction, to be padded for", "", "x")
+        prompts = [model.prompt(frames, words, REFERENCES) for words in instructions]
         together = model.context(model.processor.collate(prompts), len(frames) > 1)
         for one, prompt in zip(together, prompts):
             alone = model.context(prompt, len(frames) > 1)[0]
@@ -245,7 +250,6 @@ def test_own_checkpoint_that_is_damaged(copy):
 def test_saved_and_loaded_edits_the_same(model, copy, dit):
     """Every trained weight must be in the checkpoint, among them the source embedding and the LoRA's alpha."""
     shutil.rmtree(copy / "instructx")
-    InstructX.from_pretrained(copy.parent / "weights").save_pretrained(copy.parent / "fresh")    # untrained: other weights
     model.save_pretrained(copy / "instructx", dit=dit)
     again = InstructX.from_pretrained(copy)
     assert again.trained and again.config == model.config and not again.training
@@ -269,11 +273,10 @@ def test_connector_that_writes_the_width_of_the_dit(tiny_weights, tmp_path):
     shutil.copytree(tiny_weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / "instructx")
     model = InstructX.from_pretrained(tmp_path / "weights")
-    config = InstructXConfig(mllm_dim=64, hidden_dim=32, context_dim=model.dit.config.dim, image_queries=3, video_queries=5,
-                             text_embedding=False, lora_rank=0, steps=1)
-    plain = InstructX.from_pretrained(tmp_path / "weights")
-    fresh = InstructX.untrained(connector.Qwen2_5_VL.from_pretrained(tmp_path / "weights" / "mllm"), plain.processor,
-                                plain.dit, plain.vae, config)
+    config = InstructXConfig(mllm_dim=64, hidden_dim=32, context_dim=model.dit.config.dim, image_queries=3,
+                             video_queries=5, text_embedding=False, lora_rank=0, steps=1)
+    mllm = Qwen2_5_VL.from_pretrained(tmp_path / "weights" / "mllm")    # without the LoRA of the model above
+    fresh = InstructX.untrained(mllm, model.processor, model.dit, model.vae, config)
     for with_dit in (False, True):
         fresh.save_pretrained(tmp_path / "weights" / "instructx", dit=with_dit)
         again = InstructX.from_pretrained(tmp_path / "weights")
@@ -326,8 +329,9 @@ def test_untrained_is_the_same_every_time(tmp_path):
 def test_precision_of_each_part(tiny_weights):
     """The VAE stays in float32, whatever the rest computes in: its rounding would be seen."""
     half = InstructX.from_pretrained(tiny_weights, dtype=torch.bfloat16)
-    for name, dtype in (("mllm", torch.bfloat16), ("dit", torch.bfloat16), ("connector", torch.bfloat16), ("vae", torch.float32)):
-        assert {p.dtype for n, p in getattr(half, name).named_parameters() if "lora_" not in n} == {dtype}, name
+    for name in ("mllm", "connector", "dit", "vae"):
+        found = {p.dtype for n, p in getattr(half, name).named_parameters() if "lora_" not in n}
+        assert found == {torch.float32 if name == "vae" else torch.bfloat16}, name
     full = InstructX.from_pretrained(tiny_weights)
     rounded, exact, other = (m.edit(CLIP, "x", REFERENCES, seed=seed) for m, seed in ((half, 0), (full, 0), (full, 1)))
     assert 0 < np.abs(rounded.astype(int) - exact).mean() < np.abs(other.astype(int) - exact).mean() / 2
