@@ -1,0 +1,598 @@
+"""The Wan2.1 diffusion transformer (arXiv 2503.20314), and how InstructX (arXiv 2510.08485) lets it see pictures.
+
+A transformer over latent patches of all frames at once, after the official wan/modules/model.py:
+    self-attention with 3-D rotary positions, cross-attention to the instruction, feed-forward; σ comes in by modulation.
+
+What is unusual:
+- One projection of the time embedding serves all blocks; a block only adds its own small table to it.
+- Queries and keys are normalized over the whole width, before it is split into heads.
+- A source picture is added to the noisy tokens. References stand behind them in the sequence, each as one more latent frame
+  after the last, on its own grid, so of any size; the head never sees them.
+- All that does not change from step to step (`condition`) is apart from the step itself (`denoise`).
+- The residual stream, norms, rotations, modulation, time embedding and head are float32 as in the official code, whatever
+  dtype the large matrices have (diffusers rounds the stream after every branch).
+
+Letters: B batch, C channels of a latent, F h w its frames, height and width, L tokens of z, R tokens of all references,
+Q tokens of the context, D width, K heads, d = D/K.
+
+    python dit.py [FOLDER]      # what the presets cost; then one step of the tiny preset, or of a checkpoint, with shapes
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class WanDiTConfig:
+    """The keys of the official config.json; defaults are the released 14B. ValueError for sizes that make no model."""
+
+    dim: int = 5120             # D
+    ffn_dim: int = 13824
+    num_heads: int = 40
+    num_layers: int = 40
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256         # of the sinusoids of t
+    text_dim: int = 4096        # width of the context; 0: it already is D wide, and there is no text_embedding
+    eps: float = 1e-6
+    patch_size: tuple = (1, 2, 2)
+    source_embedding: bool = False  # ours: the source has a patch embedding of its own
+
+    def __post_init__(self):
+        self.patch_size = tuple(self.patch_size) if isinstance(self.patch_size, list) else self.patch_size
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if type(value) is not kind or kind is int and value < (field.name != "text_dim"):
+                raise ValueError(f"{field.name} is {value!r}; it should be {field.default!r} or another {kind.__name__} of its kind")
+        if len(self.patch_size) != 3 or not all(type(size) is int and size > 0 for size in self.patch_size):
+            raise ValueError(f"patch_size is {self.patch_size}; it should be three whole numbers above 0")
+        if self.dim % (2 * self.num_heads) or self.freq_dim % 2:
+            raise ValueError(f"dim {self.dim} should be a multiple of 2 * num_heads = {2 * self.num_heads}, "
+                             f"and freq_dim {self.freq_dim} of 2")
+
+
+PRESETS = {
+    "14B": WanDiTConfig(),
+    "1.3B": WanDiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "tiny": WanDiTConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=2, freq_dim=32, text_dim=48),
+}
+
+
+# Small parts.
+
+
+class Linear(nn.Linear):
+    """Computes in the dtype of its weights, whatever comes in."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+class Linear32(nn.Linear):
+    """Computes in float32, whatever its weights are stored in, and inside a caller's autocast too."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class LayerNorm(nn.LayerNorm):
+    """In float32, and float32 is what comes out."""
+
+    def forward(self, x):
+        weight, bias = (self.weight.float(), self.bias.float()) if self.elementwise_affine else (None, None)
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """In float32, and float32 is what comes out."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Latents (B, C, F, h, w) -> tokens (B, L, D), float32.
+
+    Stored as a convolution, but its kernel is as large as its stride, so it is one matrix product per patch and run as that.
+    """
+
+    def __init__(self, config, bias=True):
+        super().__init__(config.in_dim, config.dim, config.patch_size, stride=config.patch_size, bias=bias)
+
+    def forward(self, z, use_bias=True):
+        patches = patchify(z.to(self.weight.dtype), self.kernel_size)
+        return F.linear(patches, self.weight.flatten(1), self.bias if use_bias else None).float()
+
+
+def patchify(z, patch):
+    """(B, C, F, h, w) -> (B, L, C*p*q*r) for patches of p frames, q rows and r columns; L in the order frame, row, column."""
+    p, q, r = patch
+    z = z.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))     # (B, C, f, p, h, q, w, r)
+    return z.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+
+def unpatchify(x, grid, patch):
+    """(B, L, p*q*r*C) -> (B, C, F, h, w). Not the reverse of patchify: the head puts the channels last, as Wan does."""
+    x = x.unflatten(2, (*patch, -1)).unflatten(1, grid)                         # (B, f, h, w, p, q, r, C)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+def sinusoids(t, width):
+    """t (B,) -> (B, width) float32: cosines, then sines. In float64, since 1000 radians leave float32 few digits."""
+    frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64, device=t.device) / (width // 2))
+    angles = t.double()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def rope_table(grid, head_dim, first_frame=0):
+    """cos, sin of a grid (f, h, w) of tokens, each (f*h*w, 1, d/2), float32, whose frames count from `first_frame`.
+
+    A third of the channels turns with each axis; what does not divide goes to time (44 + 42 + 42 of 128).
+    """
+    space = 2 * (head_dim // 6)
+    angles = []
+    for axis, (length, width) in enumerate(zip(grid, (head_dim - 2 * space, space, space))):
+        positions = torch.arange(length).double() + (first_frame if axis == 0 else 0)
+        frequencies = 10000.0 ** (-torch.arange(0, width, 2).double() / max(width, 1))
+        shape = [length if i == axis else 1 for i in range(3)]
+        angles.append(torch.outer(positions, frequencies).view(*shape, -1))
+    spread = lambda parts: torch.cat([part.float().expand(*grid, -1) for part in parts], dim=-1).flatten(0, 2)[:, None]
+    return spread([angle.cos() for angle in angles]), spread([angle.sin() for angle in angles])
+
+
+def rotate(x, cos, sin):
+    """x (B, L, K, d) float32. Wan turns pairs of neighboring channels (Qwen turns halves: the two must not be mixed up)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+def attention(q, k, v):
+    """(B, L, K, d), (B, M, K, d) twice -> (B, L, D)."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+# Layers.
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
+
+    def heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1))            # (B, L, D) -> (B, L, K, d)
+
+
+class SelfAttention(Attention):
+    def forward(self, x, cos, sin):
+        v = self.heads(self.v(x))
+        q = rotate(self.heads(self.norm_q(self.q(x))), cos, sin).type_as(v)
+        k = rotate(self.heads(self.norm_k(self.k(x))), cos, sin).type_as(v)
+        return self.o(attention(q, k, v))
+
+
+class CrossAttention(Attention):
+    def kv(self, context):
+        v = self.heads(self.v(context))
+        return self.heads(self.norm_k(self.k(context))).type_as(v), v
+
+    def forward(self, x, context):
+        k, v = context if isinstance(context, tuple) else self.kv(context)
+        q = self.heads(self.norm_q(self.q(x))).type_as(v)
+        return self.o(attention(q, k, v))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = LayerNorm(config.dim, config.eps)          # the official names: norm3 comes second, norm2 third
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(self, x, e, context, cos, sin):
+        """x (B, L+R, D) and e (B, 6, D) float32; context (B, Q, D), or its keys and values (B, Q, K, d) as a tuple."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + e).chunk(6, dim=1)  # (B, 1, D)
+        x = x + gate * self.self_attn(modulate(self.norm1(x), shift, scale), cos, sin)
+        x = x + self.cross_attn(self.norm3(x), context)
+        return x + ffn_gate * self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale))
+
+
+class Head(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = Linear32(config.dim, math.prod(config.patch_size) * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x, e):
+        """x (B, L, D), e (B, D): here the time embedding itself, where the blocks get its projection."""
+        shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)
+        return self.head(modulate(self.norm(x), shift, scale))
+
+
+@dataclass
+class Condition:
+    """What all steps of one edit have in common. Made by WanDiT.condition."""
+
+    shape: tuple                        # of z: (B, C, F, h, w)
+    context: list                       # per block: keys and values, each (B, Q, K, d); or the embedded context (B, Q, D)
+    rope: tuple                         # cos, sin: (L+R, 1, d/2)
+    source: torch.Tensor | None         # (1 or B, L, D)
+    references: torch.Tensor | None     # (B, R, D)
+
+
+class WanDiT(nn.Module):
+    """The velocity of noisy latents, given an instruction, a source and references.
+
+    `source_embedding` is None unless the config asks for it, so the tensors are exactly those of the official checkpoint.
+    `gradient_checkpointing` recomputes each block in the backward pass: memory for about a third more time.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.gradient_checkpointing = config, False
+        D = config.dim
+        self.patch_embedding = PatchEmbedding(config)
+        self.source_embedding = None
+        self.text_embedding = nn.Sequential(
+            Linear(config.text_dim, D), nn.GELU(approximate="tanh"), Linear(D, D)) if config.text_dim else nn.Identity()
+        self.time_embedding = nn.Sequential(Linear32(config.freq_dim, D), nn.SiLU(), Linear32(D, D))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(D, 6 * D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.initialize()
+        if config.source_embedding:
+            self.add_source_embedding()
+
+    def forward(self, z, t, context, source=None, references=()):
+        """One step, for training. Arguments as of `condition` and `denoise`, which it is the sum of.
+
+        Keys and values are computed inside the blocks here, so that a block is all that FSDP gathers, and all that gradient
+        checkpointing keeps, at a time. (With FSDP2's mixed precision set cast_forward_inputs=False: the stream is float32.)
+        """
+        return self.denoise(z, t, self.condition(context, z.shape, source, references, cache=False))
+
+    def denoise(self, z, t, condition):
+        """z (B, C, F, h, w) of any float dtype, t (B,) in [0, 1000] -> velocity like z. ValueError for other shapes."""
+        if tuple(z.shape) != condition.shape or t.shape != z.shape[:1]:
+            raise ValueError(f"z is {tuple(z.shape)} and t {tuple(t.shape)}; this condition is for z {condition.shape} and t "
+                             f"{condition.shape[:1]}")
+        x = self.patch_embedding(z)                                         # (B, L, D)
+        L = x.shape[1]
+        if condition.source is not None:
+            x = x + condition.source                                        # (B, L, D)
+        if condition.references is not None:
+            x = torch.cat([x, condition.references], dim=1)                 # (B, L+R, D)
+        e = self.time_embedding(sinusoids(t, self.config.freq_dim))         # (B, D)
+        e6 = self.time_projection(e).unflatten(1, (6, -1))                  # (B, 6, D)
+        for block, context in zip(self.blocks, condition.context):
+            x = self.run(block, x, e6, context, *condition.rope)            # (B, L+R, D)
+        v = self.head(x[:, :L], e)                                          # (B, L, C*p*q*r)
+        return unpatchify(v, self.grid(z.shape), self.config.patch_size).type_as(z)  # (B, C, F, h, w)
+
+    def condition(self, context, shape, source=None, references=(), cache=True):
+        """All the work that is the same in every step of an edit.
+
+        Args:
+            context: (B, Q, text_dim), from the connector. Guidance is a batch of two.
+            shape: of z, (B, C, F, h, w).
+            source: None or latents (B or 1, C, F, h, w), on the grid of z.
+            references: latents (B or 1, C, 1, h', w') of any sizes.
+            cache: whether to hold keys and values of the context for every block (14B, batch 2, Q = 512, bfloat16: 0.8 GB).
+
+        Raises ValueError for shapes that do not go together.
+        """
+        shape, references = tuple(shape), list(references)
+        self.check(context, shape, source, references)
+        context = self.text_embedding(context.to(self.patch_embedding.weight.dtype))    # (B, Q, D)
+        contexts = [block.cross_attn.kv(context) if cache else context for block in self.blocks]
+        frames, tokens = self.grid(shape)[0], None
+        tables = [rope_table(self.grid(shape), self.config.dim // self.config.num_heads)]
+        for i, reference in enumerate(references):
+            tables.append(rope_table(self.grid(reference.shape), self.config.dim // self.config.num_heads, frames + i))
+        rope = tuple(torch.cat(parts).to(context.device) for parts in zip(*tables))     # (L+R, 1, d/2) each
+        if references:
+            tokens = torch.cat([self.patch_embedding(z).expand(shape[0], -1, -1) for z in references], dim=1)
+        return Condition(shape, contexts, rope, None if source is None else self.embed_source(source), tokens)
+
+    def embed_source(self, source):
+        """(B, C, F, h, w) -> (B, L, D). A patch embedding is linear, so without bias this is the paper's sum of latents."""
+        return self.source_embedding(source) if self.source_embedding else self.patch_embedding(source, use_bias=False)
+
+    def add_source_embedding(self):
+        """Gives the source a trainable embedding of its own that starts as a copy, so that nothing changes yet."""
+        if self.source_embedding is None:
+            weight = self.patch_embedding.weight
+            with torch.device(weight.device):
+                self.source_embedding = PatchEmbedding(self.config, bias=False).to(weight.dtype)
+            self.source_embedding.weight.data.copy_(weight.data)
+
+    def compile_blocks(self):
+        """torch.compile for each block, in place, so that no name in state_dict() changes.
+
+        A block is the seam that pays: nearly all time is spent in blocks, they are all alike, so one compilation serves all
+        of them and takes seconds; compiling the whole model unrolls it and takes minutes.
+        """
+        for block in self.blocks:
+            block.compile()
+
+    def run(self, block, *inputs):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def grid(self, shape):
+        """(f, h, w) of the tokens of latents (B, C, F, h, w)."""
+        return tuple(length // patch for length, patch in zip(shape[2:], self.config.patch_size))
+
+    def context_width(self):
+        return self.config.dim if isinstance(self.text_embedding, nn.Identity) else self.config.text_dim
+
+    def check(self, context, shape, source, references):
+        """Raises ValueError for shapes that do not go together."""
+        B, patch = shape[0], self.config.patch_size
+        for name, given in (("z", shape), *((f"reference {i}", tuple(z.shape)) for i, z in enumerate(references, 1))):
+            if len(given) != 5 or given[1] != self.config.in_dim or 0 in given:
+                raise ValueError(f"{name} is {given}; latents should be (B, {self.config.in_dim}, F, h, w)")
+            if any(length % size for length, size in zip(given[2:], patch)):
+                raise ValueError(f"{name} is {given}; frames, height and width should be multiples of the patch {patch}")
+            if name != "z" and (given[2] != patch[0] or given[0] not in (1, B)):
+                raise ValueError(f"{name} is {given}; it should be one latent frame, for a batch of {B} or 1")
+        if context.ndim != 3 or context.shape[0] != B or context.shape[2] != self.context_width():
+            raise ValueError(f"context is {tuple(context.shape)}; it should be ({B}, Q, {self.context_width()})")
+        if source is not None and tuple(source.shape) not in (shape, (1, *shape[1:])):
+            raise ValueError(f"source is {tuple(source.shape)}; it should be like z, {shape}, or have batch 1")
+
+    def initialize(self):
+        """Wan's own start, for training from nothing: Xavier, except for small embeddings of text and time and a head of zeros."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, PatchEmbedding):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+        for module in [*self.text_embedding.modules(), *self.time_embedding.modules()]:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=None):
+        """A checkpoint with official or diffusers names: a file, or a folder with one file or an index of shards.
+
+        dtype None keeps what is stored. With a dtype, what the official code runs in float32 (time embedding and projection,
+        modulation tables, norms and head: 1.3 % of the 14B) becomes float32 all the same.
+        Raises FileNotFoundError, or ValueError for anything that does not fit.
+        """
+        files = find_files(Path(path))
+        with torch.device("meta"):
+            model = cls(read_config(files[0].parent / "config.json"))
+        tensors = {}
+        for name, tensor in read_tensors(files, device):        # one at a time: a cast never holds two copies of the model
+            name = official_name(name)
+            if name in tensors:
+                raise ValueError(f"{path} holds {name} twice")
+            tensors[name] = tensor.to(stored_dtype(name, tensor.dtype, dtype))
+        check_tensors(model.state_dict(), tensors, path)
+        model.load_state_dict(tensors, assign=True)
+        return model
+
+    def save_pretrained(self, folder, dtype=None):
+        """Writes config.json and model.safetensors under the official names; `dtype` as of from_pretrained."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": "WanModel", "model_type": "t2v", "text_len": 512, **asdict(self.config)}
+        # What is there now, not what the model was built with: both embeddings may have changed since.
+        config["source_embedding"] = self.source_embedding is not None
+        config["text_dim"] = 0 if isinstance(self.text_embedding, nn.Identity) else self.config.text_dim
+        tensors = {name: t.detach().to("cpu", stored_dtype(name, t.dtype, dtype)).contiguous()
+                   for name, t in self.state_dict().items()}
+        replace(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        replace(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+# Files: diffusers' keys and names become the official ones.
+
+CONFIG_KEYS = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
+CONFIG_FIXED = {"model_type": ["t2v"], "qk_norm": [True, "rms_norm_across_heads"], "cross_attn_norm": [True],
+                "window_size": [[-1, -1]], "image_dim": [None], "added_kv_proj_dim": [None], "pos_embed_seq_len": [None]}
+CONFIG_UNUSED = {"_class_name", "_diffusers_version", "_name_or_path", "text_len", "rope_max_seq_len"}
+
+# diffusers name -> official name. Note its norm2, which is the official norm3.
+RENAMES = {"condition_embedder.time_embedder.linear_": "time_embedding.", "condition_embedder.time_proj.": "time_projection.1.",
+           "condition_embedder.text_embedder.linear_": "text_embedding.", "_embedding.1.": "_embedding.0.",
+           ".attn1.": ".self_attn.", ".attn2.": ".cross_attn.", ".to_q.": ".q.", ".to_k.": ".k.", ".to_v.": ".v.",
+           ".to_out.0.": ".o.", ".norm2.": ".norm3.", ".ffn.net.0.proj.": ".ffn.0.", ".ffn.net.2.": ".ffn.2.",
+           "proj_out.": "head.head.", ".scale_shift_table": ".modulation", "scale_shift_table": "head.modulation"}
+
+FLOAT32 = re.compile(r"^time_|^head\.|norm|modulation$")
+
+
+def official_name(name):
+    """Official names pass: none of them contains a piece of diffusers' names."""
+    for theirs, official in RENAMES.items():
+        name = name.replace(theirs, official)
+    return name
+
+
+def stored_dtype(name, stored, wanted):
+    return stored if wanted is None else torch.float32 if FLOAT32.search(name) else wanted
+
+
+def read_config(file):
+    """WanDiTConfig from an official or diffusers config.json; the released 14B where there is no such file."""
+    if not file.exists():
+        return WanDiTConfig()
+    try:
+        given = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from None
+    for key, allowed in CONFIG_FIXED.items():
+        if key in given and given.pop(key) not in allowed:
+            raise ValueError(f"{file}: {key} must be {json.dumps(allowed[-1])}; this is no Wan2.1 text-to-video model")
+    given = {CONFIG_KEYS.get(key, key): value for key, value in given.items() if key not in CONFIG_UNUSED}
+    known = [field.name for field in fields(WanDiTConfig)]
+    try:
+        if "attention_head_dim" in given:
+            given["dim"] = given.pop("attention_head_dim") * given.get("num_heads", WanDiTConfig.num_heads)
+        if unknown := sorted(given.keys() - set(known)):
+            raise ValueError(f"unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+        return WanDiTConfig(**given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def find_files(path):
+    """The file(s) that hold the weights: path itself, or in a folder the shards of its index, or its one file."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist; it should be the DiT's checkpoint file, or its folder")
+    found = next(filter(None, (sorted(path.glob(kind)) for kind in ("*.safetensors.index.json", "*.safetensors", "*.pth"))), [])
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise FileNotFoundError(f"{path} should hold one .safetensors file, or one index of shards ({names} found); or name the file")
+    if found[0].suffix != ".json":
+        return found
+    try:
+        names = set(json.loads(found[0].read_text())["weight_map"].values())
+        files = [path / Path(name).name for name in sorted(names)]      # shards lie beside their index
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{found[0]} is no index of shards: {error!r}") from None
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{path}: {found[0].name} names {', '.join(missing)}, not found there")
+    return files
+
+
+def read_tensors(files, device):
+    """Yields (name, tensor) of all files, mapped rather than read."""
+    for file in files:
+        if file.suffix != ".safetensors":
+            yield from ((name, tensor.to(device)) for name, tensor in read_pickle(file).items())
+            continue
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
+
+
+def read_pickle(file):
+    """{name: tensor}. The pickle is opened as data only: it cannot run code."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # whatever a damaged pickle may raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} is damaged, or not a plain tensor file: {reason}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError(f"{file} must hold a dict of tensors and nothing else")
+    return tensors
+
+
+def check_tensors(expected, given, path):
+    """Raises one ValueError that names what is missing, left over, of another shape, or no plain float."""
+    shape = {name: list(t.shape) for name, t in expected.items()}
+    plain = (torch.float32, torch.bfloat16, torch.float16)
+    classes = {
+        "missing": [name for name in expected if name not in given],
+        "unexpected": [name for name in given if name not in expected],
+        "misshaped": [f"{name} {list(t.shape)} instead of {shape[name]}"
+                      for name, t in given.items() if name in shape and list(t.shape) != shape[name]],
+        "quantized": [f"{name} is {t.dtype}" for name, t in given.items() if t.dtype not in plain]}
+    problems = [f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+                for kind, names in classes.items() if names]
+    if problems:
+        raise ValueError(f"{path} does not fit this DiT: {'; '.join(problems)}")
+
+
+def replace(file, write):
+    """Writes by way of a temporary file, so that a crash never leaves half a checkpoint under the real name."""
+    partial = file.with_name(file.name + ".partial")
+    write(partial)
+    os.replace(partial, file)
+
+
+# Run alone: what a step costs, and how it flows.
+
+
+def costs(config, shape, Q):
+    """(parameters, tokens, FLOP of one step): matrix products only, 2 FLOP per multiplication."""
+    with torch.device("meta"):
+        model = WanDiT(config)
+    L = model.grid(shape)[0] * model.grid(shape)[1] * model.grid(shape)[2]
+    D, layers = config.dim, config.num_layers
+    products = 6 * D * D + 2 * D * config.ffn_dim       # per token and layer: q k v o, q and o of the cross-attention, ffn
+    return sum(p.numel() for p in model.parameters()), L, 2 * L * layers * (products + 2 * D * (L + Q))
+
+
+def show(model, size, device):
+    """One step on an image, and one on a clip with a source and two references: the shapes and seconds of both."""
+    C, patch = model.config.in_dim, model.config.patch_size
+    latents = lambda frames, height, width: torch.randn(1, C, frames, height, width, device=device)
+    context, t = torch.randn(1, 256, model.context_width(), device=device), torch.full((1,), 500.0, device=device)
+    image, clip = latents(1, *size[1:]), latents(*size)
+    for z, source, references in ((image, None, []), (clip, clip, [latents(1, *size[1:]), latents(*patch)])):
+        start = time.perf_counter()
+        condition = model.condition(context, z.shape, source, references)
+        ready = time.perf_counter()
+        v = model.denoise(z, t, condition)
+        print(f"z {tuple(z.shape)}, {'a' if source is not None else 'no'} source, {len(references)} references"
+              f" -> {len(condition.rope[0])} tokens -> velocity {tuple(v.shape)}"
+              f"   condition {ready - start:.3f} s, step {time.perf_counter() - ready:.3f} s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What the DiT costs, and the shapes of one step.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="checkpoint file or folder; without one, the tiny preset with random weights")
+    parser.add_argument("--latent", default="3x8x8", help="frames, height and width of the latents to try, as FxHxW")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", choices=("stored", "float32", "bfloat16"), default="stored", help="of the matrices")
+    args = parser.parse_args()
+    try:
+        size = tuple(map(int, args.latent.split("x")))
+        print("81 frames of 832x480:  preset  M parameters  tokens  TFLOP a step (guidance doubles it)")
+        for name, config in PRESETS.items():
+            parameters, tokens, flop = costs(config, (1, 16, 21, 60, 104), 512)
+            print(f"{name:>29}{parameters / 1e6:>14,.1f}{tokens:>8}{flop / 1e12:>17,.1f}")
+        dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
+        torch.manual_seed(0)
+        model = (WanDiT.from_pretrained(args.folder, args.device, dtype) if args.folder
+                 else WanDiT(PRESETS["tiny"]).to(args.device, dtype))
+        print(f"\n{sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters, matrices in "
+              f"{model.patch_embedding.weight.dtype}")
+        with torch.inference_mode():
+            show(model, size, args.device)
+    except (ValueError, OSError) as error:
+        sys.exit(f"dit.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
