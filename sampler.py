@@ -1,17 +1,17 @@
 """The flow-matching sampler: how noise becomes a result, and how training makes noise out of results.
 
-One straight line joins data x and noise ε: x_σ = (1-σ)x + σε, and the model learns its direction, v = ε - x (InstructX, section 3;
-Wan2.1, section 4). Sampling walks the line from σ = 1 down to 0. The network is out of sight here: a `velocity(z, t)` is all it is,
-with t = 1000σ because Wan was trained on timesteps from 0 to 1000.
+One straight line joins data x and noise ε: x_σ = (1-σ)x + σε, and the model learns its direction, v = ε - x (InstructX,
+section 3; Wan2.1, section 4). Sampling walks the line from σ = 1 down to 0. The network is out of sight here: it is a
+`velocity(z, t)` with t = 1000σ, because Wan was trained on timesteps from 0 to 1000.
 
-What is unusual: one object serves training and sampling, so both shift σ by the same formula; and UniPC, Wan's default solver, is
-written for this one case (data prediction, B(h) = e^h - 1, order 2), which leaves a page of the 800 lines of its general form.
+What is unusual: one object serves training and sampling, so both shift σ by the same formula. And UniPC, Wan's
+default solver, is written for this one case (it predicts x, B(h) = e^h - 1, order 2): a page, not 800 lines.
 
-    python sampler.py [OUT.png]     # carries Gaussian noise to two moons with an exact velocity, and prints the error by steps
+    python sampler.py [OUT.png]     # carries Gaussian noise to two moons with an exact velocity; the error by steps
 """
 
+import argparse
 import math
-import sys
 
 import torch
 
@@ -21,21 +21,21 @@ class FlowSampler:
 
     Args:
         steps: calls of the model in one run (with guidance each is a batch of two).
-        shift: s in σ' = sσ / (1 + (s-1)σ). Larger pictures need more noise to lose their layout, so more of the steps: 5 for
-            video sizes, 3 for small images.
+        shift: s in σ' = sσ / (1 + (s-1)σ). Larger pictures need more noise to lose their layout, so more of the steps:
+            5 for video sizes, 3 for small images.
         solver: "unipc", second order, Wan's default; or "euler", first order.
 
     Raises ValueError for values that make no schedule.
     """
 
     def __init__(self, steps=50, shift=5.0, solver="unipc"):
-        if steps != int(steps) or steps < 1:
+        if not (isinstance(steps, int) and steps > 0):
             raise ValueError(f"steps is {steps}; it should be a whole number of 1 or more")
         if not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"shift is {shift}; it should be a number above 0, and 1 leaves σ as it is")
         if solver not in ("unipc", "euler"):
             raise ValueError(f"solver is {solver!r}; it should be 'unipc' or 'euler'")
-        self.steps, self.shift, self.solver = int(steps), shift, solver
+        self.steps, self.shift, self.solver = steps, shift, solver
 
     def shifted(self, sigma):
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
@@ -43,19 +43,23 @@ class FlowSampler:
     def sigmas(self):
         """(steps + 1,) float64, from almost 1 down to exactly 0.
 
-        As in Wan's own solvers: evenly spaced from 0.999 to 0, without the end, then shifted, then 0. (diffusers spaces from 1 to
-        0.001 instead. Wan also rounds t down to whole numbers for the model; we hand it 1000σ as it is.)
+        As in Wan's own solver: evenly spaced from 0.999 to 0, without that end, then shifted; then 0. diffusers
+        differs: its UniPC spaces from 1 to 0.001, without that end, and its Euler from 1 to the shifted 0.001, with
+        that end. Wan also rounds t down to a whole number for the model; we hand it 1000σ as it is.
         """
         even = torch.linspace(0.999, 0, self.steps + 1, dtype=torch.float64)[:-1]
         return torch.cat([self.shifted(even), torch.zeros(1, dtype=torch.float64)])
 
     def sample(self, velocity, noise, progress=None, sigmas=None):
-        """Walks from `noise` (B, ...) to a result of the same shape.
+        """Walks from `noise` (B, ...), best in float32, to a result of the same shape.
 
-        velocity(z, t) -> v like z, with t (B,) in [0, 1000], float32. `progress(done)` is called after each step. `sigmas` replaces
-        the schedule: a falling row of steps + 1 numbers that ends in 0.
+        velocity(z, t) -> v like z, with t (B,) in [0, 1000], float32. `progress(done)` is called after each step.
+        `sigmas` replaces the schedule: steps + 1 numbers that fall from at most 1 to 0, else ValueError.
         """
         sigmas = self.sigmas() if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
+        if sigmas.shape != (self.steps + 1,) or sigmas[0] > 1 or sigmas[-1] != 0 or not (sigmas.diff() < 0).all():
+            raise ValueError(f"sigmas are {sigmas.tolist()}; they should be {self.steps + 1} numbers that fall from at "
+                             "most 1 to 0")
         step = UniPC(sigmas) if self.solver == "unipc" else Euler(sigmas)
         z = noise
         for i, sigma in enumerate(sigmas[:-1].tolist()):
@@ -66,9 +70,9 @@ class FlowSampler:
         return z
 
     def draw_sigma(self, count, generator=None, uniform=False):
-        """(count,) noise levels in (0, 1) to train on: logit-normal(0, 1) or uniform, then shifted."""
-        draw = torch.rand(count, generator=generator) if uniform else torch.randn(count, generator=generator).sigmoid()
-        return self.shifted(draw)
+        """(count,) noise levels to train on, float32: logit-normal(0, 1) or uniform, then shifted."""
+        draw = torch.rand if uniform else lambda *args, **more: torch.randn(*args, **more).sigmoid()
+        return self.shifted(draw(count, generator=generator))
 
     def add_noise(self, x, noise, sigma):
         """x_σ for x and noise (B, ...) and sigma (B,)."""
@@ -76,7 +80,7 @@ class FlowSampler:
         return (1 - sigma) * x + sigma * noise
 
     def target(self, x, noise):
-        """What the model should say at any point of the line from x to noise."""
+        """The velocity, which is the same all along the line from x to noise."""
         return noise - x
 
 
@@ -91,52 +95,54 @@ class Euler:
 
 
 class UniPC:
-    """Second-order UniPC (Zhao et al. 2023, arXiv 2302.04867) for flow matching: a predictor, and a corrector at no further call.
+    """Second-order UniPC (arXiv 2302.04867) for flow matching: a predictor, and a corrector that needs no further call.
 
-    In λ = log((1-σ)/σ) the path has the exact form
-        z_t = σ_t/σ_s z_s + (1-σ_t) ∫ e^(λ - λ_t) x(λ) dλ,   x = z - σv the model's guess of the data.
-    With x constant over the step that is first order; the predictor lets x change at the rate seen over the last step. Once
-    the model has been called at the new point, its x there gives a better rate, and the corrector redoes the last step with it.
+    With λ = log((1-σ)/σ) and x = z - σv, the data as the model guesses them, a step from σ to τ is exactly
+        z_τ = τ/σ z_σ + (1-τ) ∫ e^(λ - λ_τ) x(λ) dλ.
+    So all error comes from not knowing x between the points. Let r run from 0 to 1 over the step; the point before
+    lies at some r < 0. Held constant, x gives Euler's step. The predictor lets it go on changing as between the last
+    two points. Once the model has been called at r = 1, the corrector does the step again, with a parabola through
+    all three.
     """
 
     def __init__(self, sigmas):
-        self.sigmas = sigmas.tolist()
-        self.lambdas = ((1 - sigmas).log() - sigmas.log()).tolist()      # the last is inf, and e^-inf = 0 is right
-        self.guesses = []       # x at the last two points
-        self.z = None           # where the last step set out from
-        self.order = 1
+        self.sigmas, self.last = sigmas.tolist(), len(sigmas) - 2
+        self.lambdas = ((1 - sigmas).log() - sigmas.log()).tolist()     # ±inf at σ = 0 and 1, which does no harm below
+        self.x, self.z = [], None       # x at the last two points, and z where the step set out
 
     def __call__(self, i, z, v):
-        guess = z - self.sigmas[i] * v
+        x = z - self.sigmas[i] * v
         if i > 0:
-            z = self.advance(i - 1, self.z, self.order, arrived=guess)
-        self.guesses = [*self.guesses[-1:], guess]
-        # First order where there is no past yet, and in the last step, whose λ is infinite.
-        self.order, self.z = (1 if i == 0 or i == len(self.sigmas) - 2 else 2), z
-        return self.advance(i, z, self.order)
+            z = self.advance(i - 1, arrived=x)
+        self.x, self.z = [*self.x[-1:], x], z
+        return self.advance(i)
 
-    def advance(self, i, z, order, arrived=None):
-        """Step i from z; `arrived` is the model's guess at its end, where it is known already (the corrector)."""
+    def advance(self, i, arrived=None):
+        """The predictor's step i, or the corrector's where x at the end of the step is known."""
         h = self.lambdas[i + 1] - self.lambdas[i]
-        growth = -math.expm1(-h)                        # ∫ e^(λ - λ_t) dλ over the step
-        now, change = self.guesses[-1], 0
-        if order == 2:                                  # how x changed over the step before, per λ-length h
-            ratio = (self.lambdas[i - 1] - self.lambdas[i]) / h
-            past = (self.guesses[-2] - now) / ratio
-        if arrived is None and order == 2:
-            change = past / 2
+        weight = -math.expm1(-h)                            # ∫ e^(λ - λ_τ) dλ
+        now, change = self.x[-1], 0                         # x at r = 0, and its mean change over the step
+        second = 0 < i < self.last                          # there is a point before, and h is finite
+        if second:
+            r = (self.lambdas[i - 1] - self.lambdas[i]) / h
+            slope = (self.x[-2] - now) / r
+        if arrived is None and second:
+            change = slope / 2                              # bh2 takes 1/2 for the mean of r
+        elif arrived is not None and not second:
+            change = (arrived - now) / 2
         elif arrived is not None:
-            first = 1 / growth - 1 / h                  # exact for x linear in λ, were only `arrived` used
-            second = (1 + 2 * (growth / h - 1) / h) / growth
-            share = (second - first) / (ratio - 1) if order == 2 else 0     # with `past` too: exact for x quadratic in λ
-            change = (first - share) * (arrived - now) + share * past if order == 2 else (arrived - now) / 2
-        return self.sigmas[i + 1] / self.sigmas[i] * z + (1 - self.sigmas[i + 1]) * growth * (now + change)
+            mean = (1 - weight / h) / weight                # of r under e^λ
+            square = (1 - 2 * (1 - weight / h) / h) / weight    # and of r squared
+            share = (square - mean) / (r - 1)
+            change = share * slope + (mean - share) * (arrived - now)
+        sigma, tau = self.sigmas[i:i + 2]
+        return tau / sigma * self.z + (1 - tau) * weight * (now + change)
 
 
 def guided(velocity, guidance):
-    """Classifier-free guidance in one batch: `velocity` takes two copies of z, the instruction's and the empty one's, in that order.
+    """Classifier-free guidance in one batch: `velocity` gets z twice, for the instruction and then for the empty one.
 
-    v = v_empty + guidance (v_instruction - v_empty). With guidance 1 that is v_instruction, and `velocity` sees z alone.
+    v = v_empty + guidance (v_instruction - v_empty). With guidance 1 that is v_instruction: `velocity` sees z once.
     """
     if guidance == 1:
         return velocity
@@ -148,48 +154,50 @@ def guided(velocity, guidance):
     return both
 
 
-def moons(count, generator):
+# Run alone: a velocity without a network.
+
+
+def moons(count):
     """(count, 2) points on two interleaved half circles."""
-    angle = math.pi * torch.rand(count, generator=generator, dtype=torch.float64)
-    upper = torch.rand(count, generator=generator) < 0.5
-    x = torch.where(upper, angle.cos(), 1 - angle.cos())
-    y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
-    return torch.stack([x - 0.5, y - 0.25], dim=1) * 1.5
+    angle = torch.linspace(0, math.pi, count // 2, dtype=torch.float64)
+    upper, lower = torch.stack([angle.cos(), angle.sin()], 1), torch.stack([1 - angle.cos(), 0.5 - angle.sin()], 1)
+    return 1.5 * (torch.cat([upper, lower]) - torch.tensor([0.5, 0.25]))
 
 
-def exact_velocity(data, blur=0.05):
-    """The velocity that flow matching would learn for `data` (N, 2), each point a Gaussian of width `blur`: no network needed."""
+def exact_velocity(data, blur):
+    """What a perfect model would learn for `data` (N, D) whose points are Gaussians of width `blur`: E[ε - x | z]."""
 
     def velocity(z, t):
-        sigma = (t / 1000).double()[:, None]                                        # (B, 1)
-        scale = (((1 - sigma) * blur).square() + sigma.square())                    # variance of x_σ around each point
-        away = z[:, None] - (1 - sigma)[:, None] * data                             # (B, N, 2)
-        weight = (-away.square().sum(-1) / (2 * scale)).softmax(dim=1)[..., None]   # (B, N, 1)
-        noise = (weight * away).sum(1) * sigma / scale                              # E[ε | z]
-        clean = (weight * (data + away * ((1 - sigma) * blur**2 / scale)[:, None])).sum(1)  # E[x | z]
-        return noise - clean
+        sigma = (t.double() / 1000).view(-1, 1)
+        variance = ((1 - sigma) * blur).square() + sigma.square()               # (B, 1)     of x_σ around a point
+        away = z[:, None] - (1 - sigma)[:, None] * data                         # (B, N, D)
+        share = (-away.square().sum(-1) / (2 * variance)).softmax(dim=1)        # (B, N)     of each point in z
+        offset = (share[:, :, None] * away).sum(dim=1) / variance               # (B, D)
+        return sigma * offset - (share @ data + (1 - sigma) * blur**2 * offset)
 
     return velocity
 
 
 def main():
-    generator = torch.Generator().manual_seed(0)
-    velocity = exact_velocity(moons(400, generator))
-    noise = torch.randn(1000, 2, generator=generator, dtype=torch.float64)
-    truth = FlowSampler(400, shift=1.0).sample(velocity, noise)
-    print("mean distance to where 400 steps end\nsteps    euler    unipc")
+    parser = argparse.ArgumentParser(description="Carries Gaussian noise to two moons with an exact velocity, and "
+                                     "prints how far from the exact end each solver stops.")
+    parser.add_argument("picture", nargs="?", help="where to draw the starts and the ends, for instance moons.png")
+    args = parser.parse_args()
+    velocity = exact_velocity(moons(100), blur=0.05)
+    noise = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    end = FlowSampler(320, 1.0).sample(velocity, noise)
+    print("steps    euler    unipc   (mean distance to where 320 steps of unipc end)")
     for steps in (5, 10, 20, 40, 80):
-        ends = {solver: FlowSampler(steps, 1.0, solver).sample(velocity, noise) for solver in ("euler", "unipc")}
-        print(f"{steps:5}" + "".join(f"{(end - truth).norm(dim=1).mean():9.4f}" for end in ends.values()))
-    if len(sys.argv) > 1:
+        ends = [FlowSampler(steps, 1.0, solver).sample(velocity, noise) for solver in ("euler", "unipc")]
+        print(f"{steps:5}" + "".join(f"{(z - end).norm(dim=1).mean():9.4f}" for z in ends))
+    if args.picture:
         from PIL import Image, ImageDraw
 
-        picture = Image.new("RGB", (800, 400), "white")
-        for left, points in ((0, noise), (400, truth)):
-            for x, y in (200 + 100 * points).tolist():
-                ImageDraw.Draw(picture).circle((left + x, 400 - y), 1.5, fill=(28, 82, 226))
-        picture.save(sys.argv[1])
-        print(f"{sys.argv[1]}: where the points start and end")
+        image = Image.new("RGB", (800, 400), "white")
+        for left, points in ((200, noise), (600, end)):
+            for x, y in (100 * points).tolist():
+                ImageDraw.Draw(image).ellipse((left + x - 2, 198 - y, left + x + 2, 202 - y), fill=(28, 82, 226))
+        image.save(args.picture)
 
 
 if __name__ == "__main__":
