@@ -1,21 +1,21 @@
 """The Wan2.1 diffusion transformer (arXiv 2503.20314), and how InstructX (arXiv 2510.08485) lets it see pictures.
 
-A transformer over latent patches of all frames at once, after the official wan/modules/model.py:
-    self-attention with 3-D rotary positions, cross-attention to the instruction, feed-forward; σ comes in by modulation.
+A transformer over the latent patches of all frames at once, after the official wan/modules/model.py: self-attention
+with rotary positions in time, height and width, cross-attention to the instruction, feed-forward; modulated by t.
 
 What is unusual:
-- One projection of the time embedding serves all blocks; a block only adds its own small table to it.
+- One projection of the time embedding serves all blocks; a block only adds a small table of its own to it.
 - Queries and keys are normalized over the whole width, before it is split into heads.
-- A source picture is added to the noisy tokens. References stand behind them in the sequence, each as one more latent frame
-  after the last, on its own grid, so of any size; the head never sees them.
-- All that does not change from step to step (`condition`) is apart from the step itself (`denoise`).
-- The residual stream, norms, rotations, modulation, time embedding and head are float32 as in the official code, whatever
-  dtype the large matrices have (diffusers rounds the stream after every branch).
+- A source is added to the noisy tokens. References stand behind them in the sequence, each as one more latent frame
+  after the last, on a grid of its own, so of any size; the head never sees them.
+- What stays the same from step to step (`condition`) is kept apart from the step itself (`denoise`).
+- The residual stream, norms, rotations, modulation, time embedding and head are float32, as in the official code,
+  whatever dtype the large matrices have. (diffusers rounds the stream after every branch.)
 
 Letters: B batch, C channels of a latent, F h w its frames, height and width, L tokens of z, R tokens of all references,
 Q tokens of the context, D width, K heads, d = D/K.
 
-    python dit.py [FOLDER]      # what the presets cost; then one step of the tiny preset, or of a checkpoint, with shapes
+    python dit.py [FOLDER]      # what the presets cost, and a step of the tiny preset or of a checkpoint, with shapes
 """
 
 import argparse
@@ -58,7 +58,7 @@ class WanDiTConfig:
         for field in fields(self):
             value, kind = getattr(self, field.name), type(field.default)
             if type(value) is not kind or kind is int and value < (field.name != "text_dim"):
-                raise ValueError(f"{field.name} is {value!r}; it should be {field.default!r} or another {kind.__name__} of its kind")
+                raise ValueError(f"{field.name} is {value!r}; it should be of the kind of {field.default!r}")
         if len(self.patch_size) != 3 or not all(type(size) is int and size > 0 for size in self.patch_size):
             raise ValueError(f"patch_size is {self.patch_size}; it should be three whole numbers above 0")
         if self.dim % (2 * self.num_heads) or self.freq_dim % 2:
@@ -109,7 +109,8 @@ class RMSNorm(nn.RMSNorm):
 class PatchEmbedding(nn.Conv3d):
     """Latents (B, C, F, h, w) -> tokens (B, L, D), float32.
 
-    Stored as a convolution, but its kernel is as large as its stride, so it is one matrix product per patch and run as that.
+    Stored as a convolution, but with a kernel as large as its stride, so it is run as what it is: one matrix for all
+    patches. (Some releases of torch fall back to very slow convolutions in 3-D and bfloat16.)
     """
 
     def __init__(self, config, bias=True):
@@ -121,7 +122,7 @@ class PatchEmbedding(nn.Conv3d):
 
 
 def patchify(z, patch):
-    """(B, C, F, h, w) -> (B, L, C*p*q*r) for patches of p frames, q rows and r columns; L in the order frame, row, column."""
+    """(B, C, F, h, w) -> (B, L, C*p*q*r): patches of p frames, q rows, r columns, in the order frame, row, column."""
     p, q, r = patch
     z = z.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))     # (B, C, f, p, h, q, w, r)
     return z.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
@@ -161,14 +162,15 @@ def rope_table(grid, head_dim, first_frame=0):
 
 
 def rotate(x, cos, sin):
-    """x (B, L, K, d) float32. Wan turns pairs of neighboring channels (Qwen turns halves: the two must not be mixed up)."""
+    """x (B, L, K, d) float32. A pair is two neighboring channels here; Qwen's rotation pairs halves."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 def attention(q, k, v):
     """(B, L, K, d), (B, M, K, d) twice -> (B, L, D)."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
+    x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))     # (B, K, L, d)
+    return x.transpose(1, 2).flatten(2)
 
 
 # Layers.
@@ -242,7 +244,7 @@ class Condition:
     """What all steps of one edit have in common. Made by WanDiT.condition."""
 
     shape: tuple                        # of z: (B, C, F, h, w)
-    context: list                       # per block: keys and values, each (B, Q, K, d); or the embedded context (B, Q, D)
+    context: list                       # per block: (keys, values), each (B, Q, K, d); or embedded context (B, Q, D)
     rope: tuple                         # cos, sin: (L+R, 1, d/2)
     source: torch.Tensor | None         # (1 or B, L, D)
     references: torch.Tensor | None     # (B, R, D)
@@ -251,8 +253,8 @@ class Condition:
 class WanDiT(nn.Module):
     """The velocity of noisy latents, given an instruction, a source and references.
 
-    `source_embedding` is None unless the config asks for it, so the tensors are exactly those of the official checkpoint.
-    `gradient_checkpointing` recomputes each block in the backward pass: memory for about a third more time.
+    `source_embedding` is None unless the config asks for it: the tensors are then exactly those of the official
+    checkpoint. `gradient_checkpointing` recomputes each block in the backward pass: less memory, a third more time.
     """
 
     def __init__(self, config):
@@ -274,28 +276,29 @@ class WanDiT(nn.Module):
     def forward(self, z, t, context, source=None, references=()):
         """One step, for training. Arguments as of `condition` and `denoise`, which it is the sum of.
 
-        Keys and values are computed inside the blocks here, so that a block is all that FSDP gathers, and all that gradient
-        checkpointing keeps, at a time. (With FSDP2's mixed precision set cast_forward_inputs=False: the stream is float32.)
+        Keys and values of the context are computed inside the blocks here: FSDP only gathers the weights of a block
+        while it runs, and gradient checkpointing only saves memory inside it. (FSDP2's mixed precision needs
+        cast_forward_inputs=False, or it rounds the float32 stream.)
         """
         return self.denoise(z, t, self.condition(context, z.shape, source, references, cache=False))
 
     def denoise(self, z, t, condition):
         """z (B, C, F, h, w) of any float dtype, t (B,) in [0, 1000] -> velocity like z. ValueError for other shapes."""
         if tuple(z.shape) != condition.shape or t.shape != z.shape[:1]:
-            raise ValueError(f"z is {tuple(z.shape)} and t {tuple(t.shape)}; this condition is for z {condition.shape} and t "
-                             f"{condition.shape[:1]}")
-        x = self.patch_embedding(z)                                         # (B, L, D)
+            raise ValueError(f"z is {tuple(z.shape)} and t {tuple(t.shape)}; this condition is for z {condition.shape} "
+                             f"and t {condition.shape[:1]}")
+        x = self.patch_embedding(z)                                                     # (B, L, D)
         L = x.shape[1]
         if condition.source is not None:
-            x = x + condition.source                                        # (B, L, D)
+            x = x + condition.source                                                    # (B, L, D)
         if condition.references is not None:
-            x = torch.cat([x, condition.references], dim=1)                 # (B, L+R, D)
-        e = self.time_embedding(sinusoids(t, self.config.freq_dim))         # (B, D)
-        e6 = self.time_projection(e).unflatten(1, (6, -1))                  # (B, 6, D)
+            x = torch.cat([x, condition.references], dim=1)                             # (B, L+R, D)
+        e = self.time_embedding(sinusoids(t, self.config.freq_dim))                     # (B, D)
+        e6 = self.time_projection(e).unflatten(1, (6, -1))                              # (B, 6, D)
         for block, context in zip(self.blocks, condition.context):
-            x = self.run(block, x, e6, context, *condition.rope)            # (B, L+R, D)
-        v = self.head(x[:, :L], e)                                          # (B, L, C*p*q*r)
-        return unpatchify(v, self.grid(z.shape), self.config.patch_size).type_as(z)  # (B, C, F, h, w)
+            x = self.run(block, x, e6, context, *condition.rope)                        # (B, L+R, D)
+        v = self.head(x[:, :L], e)                                                      # (B, L, p*q*r*C)
+        return unpatchify(v, self.grid(z.shape), self.config.patch_size).type_as(z)     # (B, C, F, h, w)
 
     def condition(self, context, shape, source=None, references=(), cache=True):
         """All the work that is the same in every step of an edit.
@@ -305,40 +308,42 @@ class WanDiT(nn.Module):
             shape: of z, (B, C, F, h, w).
             source: None or latents (B or 1, C, F, h, w), on the grid of z.
             references: latents (B or 1, C, 1, h', w') of any sizes.
-            cache: whether to hold keys and values of the context for every block (14B, batch 2, Q = 512, bfloat16: 0.8 GB).
+            cache: hold the keys and values of the context for every block (14B, B = 2, Q = 512, bfloat16: 0.8 GB).
 
         Raises ValueError for shapes that do not go together.
         """
         shape, references = tuple(shape), list(references)
         self.check(context, shape, source, references)
-        context = self.text_embedding(context.to(self.patch_embedding.weight.dtype))    # (B, Q, D)
-        contexts = [block.cross_attn.kv(context) if cache else context for block in self.blocks]
-        frames, tokens = self.grid(shape)[0], None
-        tables = [rope_table(self.grid(shape), self.config.dim // self.config.num_heads)]
-        for i, reference in enumerate(references):
-            tables.append(rope_table(self.grid(reference.shape), self.config.dim // self.config.num_heads, frames + i))
-        rope = tuple(torch.cat(parts).to(context.device) for parts in zip(*tables))     # (L+R, 1, d/2) each
-        if references:
-            tokens = torch.cat([self.patch_embedding(z).expand(shape[0], -1, -1) for z in references], dim=1)
-        return Condition(shape, contexts, rope, None if source is None else self.embed_source(source), tokens)
+        context = self.text_embedding(context.to(self.patch_embedding.weight.dtype))        # (B, Q, D)
+        grids = [(0, self.grid(shape))]             # a reference is one more frame after the last, wherever that is
+        grids += [(grids[0][1][0] + i, self.grid(z.shape)) for i, z in enumerate(references)]
+        tables = [rope_table(grid, self.config.dim // self.config.num_heads, first) for first, grid in grids]
+        tokens = [self.patch_embedding(z).expand(shape[0], -1, -1) for z in references]     # (B, h'w', D) each
+        return Condition(
+            shape=shape,
+            context=[block.cross_attn.kv(context) if cache else context for block in self.blocks],
+            rope=tuple(torch.cat(parts).to(context.device) for parts in zip(*tables)),      # (L+R, 1, d/2) each
+            source=None if source is None else self.embed_source(source),                   # (B, L, D)
+            references=torch.cat(tokens, dim=1) if tokens else None)                        # (B, R, D)
 
     def embed_source(self, source):
-        """(B, C, F, h, w) -> (B, L, D). A patch embedding is linear, so without bias this is the paper's sum of latents."""
-        return self.source_embedding(source) if self.source_embedding else self.patch_embedding(source, use_bias=False)
+        """A patch embedding is linear: without its bias, adding tokens is adding latents, as the paper says."""
+        if self.source_embedding is None:
+            return self.patch_embedding(source, use_bias=False)
+        return self.source_embedding(source)
 
     def add_source_embedding(self):
         """Gives the source a trainable embedding of its own that starts as a copy, so that nothing changes yet."""
         if self.source_embedding is None:
-            weight = self.patch_embedding.weight
-            with torch.device(weight.device):
-                self.source_embedding = PatchEmbedding(self.config, bias=False).to(weight.dtype)
-            self.source_embedding.weight.data.copy_(weight.data)
+            with torch.device("meta"):
+                self.source_embedding = PatchEmbedding(self.config, bias=False)
+            self.source_embedding.weight = nn.Parameter(self.patch_embedding.weight.detach().clone())
 
     def compile_blocks(self):
         """torch.compile for each block, in place, so that no name in state_dict() changes.
 
-        A block is the seam that pays: nearly all time is spent in blocks, they are all alike, so one compilation serves all
-        of them and takes seconds; compiling the whole model unrolls it and takes minutes.
+        A block is the seam that pays: nearly all time goes there, and as all blocks are alike, one compilation of
+        seconds serves them all. Compiled as a whole, the model is unrolled, and that takes minutes.
         """
         for block in self.blocks:
             block.compile()
@@ -362,7 +367,7 @@ class WanDiT(nn.Module):
             if len(given) != 5 or given[1] != self.config.in_dim or 0 in given:
                 raise ValueError(f"{name} is {given}; latents should be (B, {self.config.in_dim}, F, h, w)")
             if any(length % size for length, size in zip(given[2:], patch)):
-                raise ValueError(f"{name} is {given}; frames, height and width should be multiples of the patch {patch}")
+                raise ValueError(f"{name} is {given}; F, h and w should be multiples of the patch {patch}")
             if name != "z" and (given[2] != patch[0] or given[0] not in (1, B)):
                 raise ValueError(f"{name} is {given}; it should be one latent frame, for a batch of {B} or 1")
         if context.ndim != 3 or context.shape[0] != B or context.shape[2] != self.context_width():
@@ -371,7 +376,7 @@ class WanDiT(nn.Module):
             raise ValueError(f"source is {tuple(source.shape)}; it should be like z, {shape}, or have batch 1")
 
     def initialize(self):
-        """Wan's own start, for training from nothing: Xavier, except for small embeddings of text and time and a head of zeros."""
+        """Wan's own start, for training from nothing: Xavier; text and time embeddings small, the head zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -387,15 +392,15 @@ class WanDiT(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=None):
         """A checkpoint with official or diffusers names: a file, or a folder with one file or an index of shards.
 
-        dtype None keeps what is stored. With a dtype, what the official code runs in float32 (time embedding and projection,
-        modulation tables, norms and head: 1.3 % of the 14B) becomes float32 all the same.
+        dtype None keeps what is stored. With a dtype, what the official code runs in float32 (time embedding and
+        projection, modulation tables, norms and head: 1.3 % of the 14B) becomes float32 all the same.
         Raises FileNotFoundError, or ValueError for anything that does not fit.
         """
         files = find_files(Path(path))
         with torch.device("meta"):
             model = cls(read_config(files[0].parent / "config.json"))
         tensors = {}
-        for name, tensor in read_tensors(files, device):        # one at a time: a cast never holds two copies of the model
+        for name, tensor in read_tensors(files, device):        # cast one by one, never two copies of the model
             name = official_name(name)
             if name in tensors:
                 raise ValueError(f"{path} holds {name} twice")
@@ -422,12 +427,16 @@ class WanDiT(nn.Module):
 
 CONFIG_KEYS = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
 CONFIG_FIXED = {"model_type": ["t2v"], "qk_norm": [True, "rms_norm_across_heads"], "cross_attn_norm": [True],
-                "window_size": [[-1, -1]], "image_dim": [None], "added_kv_proj_dim": [None], "pos_embed_seq_len": [None]}
+                "window_size": [[-1, -1]], "image_dim": [None], "added_kv_proj_dim": [None],
+                "pos_embed_seq_len": [None]}
 CONFIG_UNUSED = {"_class_name", "_diffusers_version", "_name_or_path", "text_len", "rope_max_seq_len"}
 
-# diffusers name -> official name. Note its norm2, which is the official norm3.
-RENAMES = {"condition_embedder.time_embedder.linear_": "time_embedding.", "condition_embedder.time_proj.": "time_projection.1.",
-           "condition_embedder.text_embedder.linear_": "text_embedding.", "_embedding.1.": "_embedding.0.",
+# diffusers name -> official name, applied in this order. Note its norm2, which is the official norm3.
+RENAMES = {"condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
+           "condition_embedder.time_embedder.linear_2.": "time_embedding.2.",
+           "condition_embedder.time_proj.": "time_projection.1.",
+           "condition_embedder.text_embedder.linear_1.": "text_embedding.0.",
+           "condition_embedder.text_embedder.linear_2.": "text_embedding.2.",
            ".attn1.": ".self_attn.", ".attn2.": ".cross_attn.", ".to_q.": ".q.", ".to_k.": ".k.", ".to_v.": ".v.",
            ".to_out.0.": ".o.", ".norm2.": ".norm3.", ".ffn.net.0.proj.": ".ffn.0.", ".ffn.net.2.": ".ffn.2.",
            "proj_out.": "head.head.", ".scale_shift_table": ".modulation", "scale_shift_table": "head.modulation"}
@@ -475,10 +484,11 @@ def find_files(path):
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; it should be the DiT's checkpoint file, or its folder")
-    found = next(filter(None, (sorted(path.glob(kind)) for kind in ("*.safetensors.index.json", "*.safetensors", "*.pth"))), [])
+    kinds = ("*.safetensors.index.json", "*.safetensors", "*.pth")
+    found = next(filter(None, (sorted(path.glob(kind)) for kind in kinds)), [])
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise FileNotFoundError(f"{path} should hold one .safetensors file, or one index of shards ({names} found); or name the file")
+        raise FileNotFoundError(f"{path} should hold one .safetensors or .pth file or one index of shards, not {names}")
     if found[0].suffix != ".json":
         return found
     try:
@@ -548,7 +558,7 @@ def costs(config, shape, Q):
         model = WanDiT(config)
     L = model.grid(shape)[0] * model.grid(shape)[1] * model.grid(shape)[2]
     D, layers = config.dim, config.num_layers
-    products = 6 * D * D + 2 * D * config.ffn_dim       # per token and layer: q k v o, q and o of the cross-attention, ffn
+    products = 6 * D * D + 2 * D * config.ffn_dim       # a token in a layer: q k v o, q and o to the context, ffn
     return sum(p.numel() for p in model.parameters()), L, 2 * L * layers * (products + 2 * D * (L + Q))
 
 
@@ -571,7 +581,7 @@ def show(model, size, device):
 def main():
     parser = argparse.ArgumentParser(description="What the DiT costs, and the shapes of one step.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", nargs="?", help="checkpoint file or folder; without one, the tiny preset with random weights")
+    parser.add_argument("folder", nargs="?", help="checkpoint file or folder; without one, the tiny preset at random")
     parser.add_argument("--latent", default="3x8x8", help="frames, height and width of the latents to try, as FxHxW")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=("stored", "float32", "bfloat16"), default="stored", help="of the matrices")
