@@ -543,12 +543,12 @@ def main(argv=None):
     args = command_line.parse_args(argv)
     try:
         print(*edit(args), sep="\n")
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):        # torch has several errors for this too
-            command_line.error("out of memory; a smaller --size or fewer --frames need less")
-        if isinstance(error, RuntimeError):
-            raise
+    except (ValueError, OSError) as error:
         command_line.error(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no one error for this either
+            raise
+        command_line.error("out of memory; a smaller --size or fewer --frames need less")
     except KeyboardInterrupt:
         command_line.exit(130, "edit.py: interrupted\n")
 

@@ -538,6 +538,19 @@ def test_device_that_is_not_there(device, tiny_weights, photo, tmp_path, capsys)
     assert code == 2 and err.count("\n") == 1 and f"--device {device} is not available" in err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to\nallocate 2 GiB")])
+def test_out_of_memory(negative, photo, tmp_path, error, monkeypatch, capsys):
+    """The most common failure of all on a GPU: it should say what helps. Other errors of torch are bugs, and shown."""
+    def fail(*arguments):
+        raise error
+    monkeypatch.setattr(negative, "edit", fail)
+    code, _, err = run(capsys, photo, "x", "-o", tmp_path / "out.png")
+    assert code == 2 and err == "edit.py: error: out of memory; a smaller --size or fewer --frames need less\n"
+    error = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(capsys, photo, "x", "-o", tmp_path / "out.png")
+
+
 def test_interrupt_leaves_nothing(tiny_weights, clip, tmp_path):
     """Ctrl-C in the middle of an edit: no traceback, exit code 130 as a shell expects, and the old file as it was."""
     output = tmp_path / "out.mp4"

@@ -16,16 +16,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import mllm
-from mllm import PRESETS, SPECIAL_TOKENS, LoRALinear, Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig, add_lora
-from mllm import adapter_config, load_lora, lora_state_dict, merge_lora, mrope_positions, smart_resize
+from mllm import PRESETS, SPECIAL_TOKENS, LoRALinear, Processor, Qwen2_5_VL, Qwen2_5_VLConfig, add_lora
+from mllm import adapter_config, left_padding_mask, load_lora, lora_state_dict, merge_lora, mrope_positions
+from mllm import smart_resize
 
 TINY = PRESETS["tiny"]
 MANIFEST = json.loads((Path(__file__).parent / "manifests" / "qwen2.5_vl_3b.json").read_text())
 # The official chat template, as far as our prompts use it.
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}<|im_end|>\n"
-    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}<|im_end|>\n{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in c %}{{ c['text'] }}"
     "{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -275,6 +277,25 @@ def test_padded_batch_trains(model):
     model.zero_grad()
 
 
+def test_padding_sees_itself():
+    """Where a kernel gives NaN for a token that sees nothing, NaN times weight zero reaches the real ones."""
+    mask = left_padding_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), 1)
+    assert mask.shape == (2, 1, 5, 5) and mask.any(dim=-1).all()
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0],
+                                         [0, 0, 1, 1, 1]]
+    assert torch.equal(mask[1, 0], torch.ones(5, 5).tril().bool())
+    assert left_padding_mask(torch.ones(2, 4), 1) is None
+
+
+def test_positions_of_padded_rows_equal_the_release(model, theirs):
+    """Attention sees differences of positions only, so a shifted row passes every other test."""
+    batch = Processor.collate(type("pad", (), {"pad_id": 0}), [prompt(*PROMPTS[name]) for name in ("clip", "several")])
+    grids = {key: batch[key] for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+    expected, _ = theirs.get_rope_index(batch["input_ids"], **grids, attention_mask=batch["attention_mask"])
+    found, real = model.positions(batch["input_ids"], batch["attention_mask"], **grids), batch["attention_mask"].bool()
+    assert not real.all() and torch.equal(found[:, real], expected[:, real])
+
+
 def test_right_padding_is_refused(model):
     """Queries behind the padding would be far from their prompt, silently."""
     with pytest.raises(ValueError, match="left"):
@@ -327,8 +348,20 @@ def test_vision_attention_never_builds_a_mask(model, monkeypatch):
     assert sizes == [(1, 4), (5, 8), (14, 16), (2, 64), (1, 140)]           # a window block, then a full one
 
 
+def test_norms_and_rope_compute_in_float32():
+    """In bfloat16 both lose digits that the release keeps; end to end it hides in the rounding of everything else."""
+    x = torch.randn(4, 5, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norm = mllm.RMSNorm(64).bfloat16()
+    norm.weight.data = torch.linspace(0.5, 2, 64).bfloat16()
+    exact = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(norm(x), exact.bfloat16() * norm.weight)
+    angles = torch.linspace(0, 500, 32)
+    cos, sin = angles.cos(), angles.sin()
+    assert torch.equal(mllm.rotate(x, cos, sin), mllm.rotate(x.float(), cos, sin).bfloat16())
+
+
 def test_bfloat16_stays_close_and_bfloat16(model):
-    """Norms and rope in bfloat16 would be off by far more than its rounding."""
+    """A tensor left in float32 fails on the GPU only, where matrix products refuse to mix."""
     half = Qwen2_5_VL(TINY)
     half.load_state_dict(model.state_dict())
     half = half.bfloat16()
@@ -485,9 +518,10 @@ def nested(config):
 def test_config_layouts():
     """The hub's own config.json (3B), a nested one, and the defaults must all be the same model."""
     vision = {
-        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3,
-        "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2}
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "in_chans": 3, "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+        "temporal_patch_size": 2}
     hub = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
         "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "hidden_act": "silu",
@@ -555,7 +589,7 @@ def test_odd_checkpoints_are_named(tmp_path, model):
         Qwen2_5_VL.from_pretrained(tmp_path / "nowhere")
     shard(tmp_path, tensors)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
+    with pytest.raises(FileNotFoundError, match="index.json names model-00002-of-00002"):
         Qwen2_5_VL.from_pretrained(tmp_path)
     shard(tmp_path, tensors)
     (tmp_path / "config.json").write_text("{")
@@ -742,6 +776,7 @@ def test_smart_resize(height, width):
     """Sides in multiples and never 0 (the release rounds thin pictures down to nothing), else the release's size."""
     h, w = smart_resize(height, width, 28, 3136, 1003520)
     assert h % 28 == w % 28 == 0 and h > 0 and w > 0
+    assert min(smart_resize(height, width, 28, 3136, 28 * 56)) >= 28
     hf = pytest.importorskip("transformers.models.qwen2_vl.image_processing_qwen2_vl")
     if min(height, width) >= 28:
         assert (h, w) == hf.smart_resize(height, width, 28, 3136, 1003520)
@@ -842,6 +877,10 @@ def test_terminal_answers_about_images_and_clips(processor, speaker, tmp_path, m
     clip = mllm.open_media(tmp_path / "clip.mp4", 5)
     assert clip["video"].shape == (5, 64, 64, 3) and clip["fps"] == pytest.approx(10 * 4 / 19)
     assert len(run(tmp_path / "clip.mp4", "what", "--weights", tmp_path / "weights", "--frames", 5)) > 1
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                        # a phone held upright
+    Image.fromarray(noise(48, 64, 3)).save(tmp_path / "phone.jpg", exif=exif)
+    assert mllm.open_media(tmp_path / "phone.jpg", 5)["image"].size == (48, 64)
     for media, weights in ((tmp_path / "none.png", "weights"), (tmp_path / "photo.png", "nowhere")):
         with pytest.raises(SystemExit) as stop:
             run(media, "what", "--weights", tmp_path / weights)

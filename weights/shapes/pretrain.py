@@ -1,0 +1,270 @@
+"""Pretrains the base models of the shapes world: what the official Qwen2.5-VL and Wan2.1 are to the full-size InstructX.
+
+    python weights/shapes/pretrain.py tokenizer vae mllm dit --out runs/base
+
+Each name is one part, made in that order since each needs those before it; a part that is cut off goes on where it was.
+    tokenizer  byte-level BPE over the sentences of the world, with Qwen's special tokens
+    vae        the tiny WanVAE on images and clips: L1 + KL
+    mllm       the tiny Qwen2.5-VL learns to see and to speak: captions, questions, and what a picture would show once an
+               instruction were carried out, each a text to write. No pixel is edited here: editing is what train.py teaches
+    dit        the tiny WanDiT learns to paint from captions: flow matching, in the place of Wan's text-to-video training
+
+Wan reads captions through T5. Here a frozen table of random token vectors stands in for it: it carries the words and no
+understanding, so whatever meaning an edit needs has to come out of the MLLM, through queries and connector.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+import world
+from connector import SYSTEM_PROMPT
+from dit import WanDiT, WanDiTConfig
+from mllm import Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
+from sampler import FlowSampler
+from vae import VAEConfig, WanVAE
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+VAE = dict(dim=16, z_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True))   # 4x in space, 4x in time
+DIT = dict(dim=192, ffn_dim=768, num_heads=4, num_layers=6, text_dim=192)
+TEXT_LENGTH = 48        # captions are padded to this many tokens, with zeros, as Wan's are to 512
+IMAGES, CLIPS = 12000, 3000     # pictures rendered once and drawn from
+
+
+def bank(out, seed=10**6):
+    """Rendered cases of the split "train": ([case], [clip case]), each source and target with its caption."""
+    file = out / "bank.pt"
+    if not file.exists():
+        pictures, captions = {}, {}
+        for name, count, video in (("image", IMAGES // 2, False), ("clip", CLIPS // 2, True)):
+            cases = [world.sample(seed + i, video=video) for i in tqdm(range(count), desc=f"render {name}s", disable=None)]
+            pictures[name] = torch.from_numpy(np.stack([frames for c in cases for frames in (c.source, c.target)]))
+            captions[name] = [world.caption(scene) for c in cases for scene in (c.source_scene, c.target_scene)]
+        save({"pictures": pictures, "captions": captions}, file)
+    data = torch.load(file, weights_only=True, mmap=True)
+    return data["pictures"], data["captions"]
+
+
+def save(state, file):
+    """torch.save that appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, f"{file}.partial")
+    os.replace(f"{file}.partial", file)
+
+
+def fit(name, out, model, loss_of, steps, lr, minutes_between_saves=3):
+    """AdamW with warm-up and a cosine; `loss_of(step, rng)` -> (loss, figures). Everything random comes from the step, so resuming is exact."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    file, first, saved = out / f"{name}.state.pt", 0, time.time()
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    log = open(out / f"{name}.jsonl", "a")
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=None)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        torch.manual_seed(step)
+        loss, figures = loss_of(step, np.random.default_rng([7, step]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            figures = {key: round(float(value), 4) for key, value in figures.items()}
+            bar.set_postfix(figures)
+            log.write(json.dumps({"step": step, "time": round(time.time(), 1), "loss": round(float(loss), 5), **figures}) + "\n")
+            log.flush()
+        if step + 1 == steps or time.time() - saved > 60 * minutes_between_saves:
+            save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, file)
+            saved = time.time()
+
+
+def make_tokenizer(out, args):
+    """Byte-level BPE, so that any text can be read; Qwen's special tokens first, so that none can be learnt from text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [SYSTEM_PROMPT, "system\n", "user\n", "assistant\n"] * 50 + list(world.vocabulary_texts(40000, seed=3))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=640, special_tokens=list(SPECIAL), initial_alphabet=alphabet))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    (out / "mllm").mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "mllm" / "tokenizer.json"))
+    print(f"{tokenizer.get_vocab_size()} tokens; {tokenizer.encode('replace the red circle with a blue star').tokens}")
+
+
+def to_video(pictures):
+    """uint8 (B, T, H, W, 3) -> (B, 3, T, H, W) in [-1, 1]."""
+    return pictures.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def draw(pictures, rng, count):
+    """`count` of the bank's pictures, mirrored at random (captions do not hold for them: for the VAE alone)."""
+    chosen = pictures[torch.from_numpy(rng.integers(len(pictures), size=count))]
+    axes = [axis for axis in (2, 3) if rng.random() < 0.5]
+    return to_video(chosen.flip(axes) if axes else chosen)
+
+
+def make_vae(out, args):
+    pictures, _ = bank(out)
+    torch.manual_seed(0)
+    vae = WanVAE(VAEConfig(**VAE))
+    print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
+
+    def loss_of(step, rng):
+        video = draw(pictures["clip"], rng, 4) if step % 2 else draw(pictures["image"], rng, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, logvar = (part.float() for part in vae.moments(video, chunk=2))
+            output = vae.reconstruct(mean + torch.randn_like(mean) * (0.5 * logvar).exp(), chunk=2).float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        error = output - video
+        psnr = -10 * torch.log10(error.detach().square().mean() / 4)
+        return error.abs().mean() + error.square().mean() + args.kl * kl, {"clip" if step % 2 else "psnr": psnr, "kl": kl}
+
+    fit("vae", out, vae, loss_of, args.vae_steps, lr=2e-3)
+    vae.eval()
+    with torch.inference_mode():    # the latents' statistics, as Wan's were measured on its own data
+        chosen = [to_video(pictures["image"][:512]), to_video(pictures["clip"][:128])]
+        means = [torch.cat([vae.moments(part)[0] for part in video.split(16)]).transpose(0, 1).flatten(1) for video in chosen]
+        values = torch.cat(means, dim=1)
+    vae.set_latent_statistics(values.mean(dim=1), values.std(dim=1))
+    vae.save_pretrained(out / "vae")
+
+
+def mllm_config(tokenizer):
+    """A small Qwen2.5-VL: pictures of 64x64 are 16 merged tokens of 16x16 pixels each."""
+    token = tokenizer.token_to_id
+    vision = VisionConfig(depth=4, hidden_size=128, intermediate_size=320, num_heads=4, patch_size=8, window_size=32,
+                          out_hidden_size=192, fullatt_block_indexes=(1, 3))
+    return Qwen2_5_VLConfig(
+        hidden_size=192, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, intermediate_size=512,
+        vocab_size=tokenizer.get_vocab_size(), mrope_section=(8, 8, 8), rope_theta=10000.0, tie_word_embeddings=True, vision=vision,
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
+
+
+def conversation(case, rng):
+    """(instruction, references, answer): one thing to say about a case. Half of all is what the edit would lead to."""
+    kind = rng.random()
+    if kind < 0.55:
+        return case.instruction, case.references, world.caption(case.target_scene)
+    if kind < 0.8 or case.source_scene.look:
+        return "what is in the picture?", [], world.caption(case.source_scene)
+    question, answer = world.pick(rng, world.questions(case.source_scene, rng))
+    return question, [], answer
+
+
+def make_mllm(out, args):
+    tokenizer = Tokenizer.from_file(str(out / "mllm" / "tokenizer.json"))
+    torch.manual_seed(0)
+    model = Qwen2_5_VL(mllm_config(tokenizer))
+    processor = Processor(tokenizer, patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=16 * 16, max_pixels=128 * 128)
+    processor.save_pretrained(out / "mllm")
+    print(f"mllm: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    end = tokenizer.token_to_id("<|im_end|>")
+
+    def loss_of(step, rng):
+        rows, answers = [], []
+        for i in range(8 if step % 4 == 3 else 32):
+            case = world.sample(10**8 + 64 * step + i, video=step % 4 == 3)
+            instruction, references, answer = conversation(case, rng)
+            shown = {"video": case.source, "fps": 9.0} if step % 4 == 3 else {"image": case.source[0]}
+            rows.append(processor(instruction, references=references, system=SYSTEM_PROMPT, **shown))
+            answers.append(tokenizer.encode(answer).ids + [end])
+            rows[-1]["input_ids"] = torch.cat([rows[-1]["input_ids"], torch.tensor([answers[-1]])], dim=1)
+        inputs = processor.collate(rows)
+        hidden = model(**inputs)                                                            # (B, L, D)
+        length = hidden.shape[1]
+        position = torch.arange(length) >= length - torch.tensor([[len(answer)] for answer in answers])
+        wanted = inputs["input_ids"][position]
+        states = hidden[:, :-1][position[:, 1:]]
+        logits = model.lm_head(states)
+        right = (logits.argmax(-1) == wanted).float().mean()
+        return F.cross_entropy(logits, wanted), {"clip_right" if step % 4 == 3 else "right": right}
+
+    fit("mllm", out, model, loss_of, args.mllm_steps, lr=1e-3)
+    model.save_pretrained(out / "mllm")
+
+
+def caption_context(tokenizer, captions, width):
+    """The stand-in for T5: (B, TEXT_LENGTH, width) random token vectors plus sinusoidal positions, zeros after the end."""
+    table = torch.randn(tokenizer.get_vocab_size(), width, generator=torch.Generator().manual_seed(1))
+    place = torch.arange(TEXT_LENGTH)[:, None] / 100 ** (torch.arange(0, width, 2) / width)
+    position = torch.cat([place.sin(), place.cos()], dim=1)
+    context = torch.zeros(len(captions), TEXT_LENGTH, width)
+    for row, caption in zip(context, captions):
+        ids = tokenizer.encode(caption).ids[:TEXT_LENGTH]
+        row[:len(ids)] = table[ids] + position[:len(ids)]
+    return context
+
+
+@torch.inference_mode()
+def latents_of(vae, pictures):
+    return torch.cat([vae.encode(to_video(part)) for part in tqdm(pictures.split(32), desc="encode", disable=None)])
+
+
+def make_dit(out, args):
+    pictures, captions = bank(out)
+    vae = WanVAE.from_pretrained(out / "vae")
+    tokenizer = Tokenizer.from_file(str(out / "mllm" / "tokenizer.json"))
+    if not (out / "latents.pt").exists():
+        save({name: latents_of(vae, value) for name, value in pictures.items()}, out / "latents.pt")
+    latents = {name: value.clone() for name, value in torch.load(out / "latents.pt", weights_only=True).items()}
+    torch.manual_seed(0)
+    dit = WanDiT(WanDiTConfig(**DIT))
+    print(f"dit: {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters")
+    sampler = FlowSampler(shift=3.0)
+
+    def loss_of(step, rng):
+        name, count = ("clip", 12) if step % 3 == 2 else ("image", 36)
+        chosen = rng.integers(len(latents[name]), size=count)
+        x = latents[name][torch.from_numpy(chosen)]
+        context = caption_context(tokenizer, [captions[name][i] for i in chosen], DIT["text_dim"])
+        sigma = sampler.draw_sigma(count)
+        noise = torch.randn_like(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = dit(sampler.add_noise(x, noise, sigma), 1000 * sigma, context)
+        loss = F.mse_loss(velocity.float(), sampler.target(x, noise))
+        return loss, {name: loss}
+
+    fit("dit", out, dit, loss_of, args.dit_steps, lr=1e-3)
+    dit.save_pretrained(out / "dit")
+
+
+PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "mllm": make_mllm, "dit": make_dit}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--out", type=Path, default=Path("runs/base"), help="folder for mllm/, vae/, dit/ and all states")
+    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--mllm-steps", type=int, default=6000)
+    parser.add_argument("--dit-steps", type=int, default=6000)
+    parser.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term of the VAE")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for part in args.parts:
+        start = time.time()
+        PARTS[part](args.out, args)
+        print(f"{part}: {(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
