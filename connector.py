@@ -18,7 +18,7 @@ Letters: B batch, T frames, F latent frames = 1 + (T-1)/4, H W pixels, h w = H/8
 import argparse
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -198,22 +198,23 @@ class InstructX(nn.Module):
         return np.concatenate(result)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=None):
+    def from_pretrained(cls, folder, device="cpu", dtype=None, instructx=None, **settings):
         """Everything an edit needs, from one folder (layout: weights/README.md).
 
         `dtype` is that of the MLLM, the connector and the DiT; None keeps each file's own. The VAE always keeps its own, which is
-        float32 as released: it is small, and its rounding errors would be seen.
+        float32 as released: it is small, and its rounding errors would be seen. `instructx`: a folder that save_pretrained wrote,
+        to be used instead of the one in `folder`. `settings` take the place of those in config.json, or of a fresh start.
 
         Raises FileNotFoundError where a model is missing, ValueError where a checkpoint does not fit.
         """
-        place = locate(folder)
+        place = locate(folder, instructx)
         mllm = Qwen2_5_VL.from_pretrained(place["mllm"], device, dtype)
         dit = WanDiT.from_pretrained(place["dit"], device, dtype)
         vae = WanVAE.from_pretrained(place["vae"], device)
         processor = Processor.from_pretrained(place["mllm"])
         if "instructx" not in place:
-            return cls.untrained(mllm, processor, dit, vae)
-        config = InstructXConfig.from_file(place["instructx"] / "config.json")
+            return cls.untrained(mllm, processor, dit, vae, **settings)
+        config = replace(InstructXConfig.from_file(place["instructx"] / "config.json"), **settings)
         with torch.device("meta"):
             connector = Connector(config)
         model = cls(config, mllm, processor, connector, dit, vae)
@@ -221,11 +222,14 @@ class InstructX(nn.Module):
         return model.eval()
 
     @classmethod
-    def untrained(cls, mllm, processor, dit, vae, config=None):
-        """Joins released models with fresh queries, connector and LoRA: where stage 1 starts. The same weights every time."""
+    def untrained(cls, mllm, processor, dit, vae, config=None, **settings):
+        """Joins released models with fresh queries, connector and LoRA: where stage 1 starts. The same weights every time.
+
+        Without a config the widths are those of the models, and the rest as released but for `settings`.
+        """
         width = dit.config.text_dim or dit.config.dim
-        config = config or InstructXConfig(mllm_dim=mllm.config.hidden_size, hidden_dim=width, context_dim=width,
-                                           text_embedding=bool(dit.config.text_dim))
+        config = config or InstructXConfig(**{"mllm_dim": mllm.config.hidden_size, "hidden_dim": width, "context_dim": width,
+                                              "text_embedding": bool(dit.config.text_dim)} | settings)
         weight = dit.patch_embedding.weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -271,13 +275,17 @@ class InstructX(nn.Module):
             tensors["source_embedding.weight"] = self.dit.source_embedding.weight
         return tensors
 
-    def save_pretrained(self, folder, dit=False, dtype=None):
-        """Writes the folder `instructx` of a weights folder: config.json, model.safetensors and, with `dit`, the trained DiT.
+    def save_pretrained(self, folder, dit=False, mllm=False, dtype=None):
+        """Writes the folder `instructx` of a weights folder: config.json, model.safetensors and, if told so, the trained DiT or MLLM.
 
-        A DiT saved here (with its source embedding) is used instead of the released one beside it. Files appear whole or not at all.
+        A DiT saved here (with its source embedding) and an MLLM (which must not have LoRA) are used instead of the released ones
+        beside it. Files appear whole or not at all.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if mllm:
+            self.mllm.save_pretrained(folder / "mllm")
+            self.processor.save_pretrained(folder / "mllm")
         if dit:
             self.dit.config.source_embedding = self.dit.source_embedding is not None
             self.dit.save_pretrained(folder / "dit", dtype=dtype)
@@ -330,8 +338,8 @@ def read_json(file):
     return values
 
 
-def locate(folder):
-    """Where each model lies: {"mllm", "dit", "vae" and, once trained, "instructx": path}.
+def locate(folder, instructx=None):
+    """Where each model lies: {"mllm", "dit", "vae" and, once trained, "instructx": path}. `instructx`: a folder to use as such.
 
     A folder of that name, or of any name: the released folders are told by their config.json, and the VAE also by the file
     Wan2.1_VAE.pth. So the official downloads can be dropped side by side into one folder as they are.
@@ -355,8 +363,13 @@ def locate(folder):
             raise ValueError(f"{folder} holds more than one {kind}: {', '.join(map(str, paths))}; leave one, or name it {kind}/")
         if paths:
             place.setdefault(kind, paths[0])
-    if (folder / "instructx" / "dit").is_dir():
-        place["dit"] = folder / "instructx" / "dit"                 # trained from stage 2 on
+    if instructx is not None:
+        place["instructx"] = Path(instructx)
+        if not (place["instructx"] / "config.json").is_file():
+            raise FileNotFoundError(f"{instructx} is no folder that training wrote: there is no config.json in it")
+    for name in ("mllm", "dit"):                                    # a DiT is trained from stage 2 on
+        if "instructx" in place and (place["instructx"] / name).is_dir():
+            place[name] = place["instructx"] / name
     for kind, what in (("mllm", "Qwen2.5-VL"), ("dit", "the Wan2.1 DiT"), ("vae", "the Wan2.1 VAE")):
         if kind not in place:
             raise FileNotFoundError(f"{folder} holds no {kind}/ with {what} (see weights/README.md for the layout)")

@@ -20,216 +20,362 @@ stands in one place below; frozen weights are kept in `--precision`. Letters as 
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import resource
 import shutil
+import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from connector import InstructX
-from edit import read_frames
+from connector import InstructX, InstructXConfig, locate
+from edit import ANIMATED_FORMATS, IMAGE_FORMATS, IMAGE_OPTIONS, MediaError, Parser, decode, list_frames, number, read_frames
+from mllm import lora_layers, merge_lora
 from sampler import FlowSampler
 
 PAPER_STEPS = {1: 20000, 2: 20000, 3: 5000}
 SIGMA_BINS = 4
+PATIENCE = 10           # unusable steps in a row that stop the run
 
 
-def settings():
+def settings(arguments=None):
     """Every setting with its meaning; "paper" marks the paper's value, all others are ours."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = lambda name, default, text, **more: parser.add_argument(
-        name, default=default, type=more.pop("type", type(default)), help=f"{text} (default: {more.pop('shown', default)})", **more)
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, share, positive = number(int, 1, 10**9), number(float, 0, 1), number(float, 0, 1e9)
+
+    def add(name, default, text, type=None, shown=None, **more):
+        parser.add_argument(name, default=default, type=type, help=f"{text} (default: {shown or default})", **more)
+
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSON lines files")
     parser.add_argument("--weights", type=Path, required=True, help="weights folder with mllm/, dit/, vae/")
     parser.add_argument("--out", type=Path, required=True, help="checkpoints, metrics, curves and the result, instructx/")
-    add("--start", None, "instructx/ folder of the previous stage", type=Path, shown="the one in --weights, else fresh queries")
-    add("--steps", None, "optimizer steps", type=int, shown="paper: 20000, 20000, 5000 for stage 1, 2, 3")
-    add("--image-batch", 128, "images per step; paper: 128")
-    add("--video-batch", 32, "clips per step; paper: 32")
-    add("--micro-batch", 8, "samples that go through the models at once; the rest of a batch is accumulated")
-    add("--video-share", 0.6, "probability that a step of stage 2 or 3 takes clips; paper: 0.6")
-    add("--lr", 1e-5, "learning rate; paper: 1e-5")
-    add("--warmup", 500, "steps until the learning rate is reached")
-    add("--decay", 0, "last steps over which it falls to zero; 0 keeps it constant")
-    add("--weight-decay", 0.01, "of matrices; queries, norms and biases have none")
-    add("--clip", 1.0, "largest norm of the gradient")
-    add("--ema", 0.0, "decay of the averaged weights that are exported; 0 exports the weights themselves")
-    add("--drop", 0.1, "probability of an empty instruction, for guidance")
-    add("--image-shift", 3.0, "shift of σ for images")
-    add("--video-shift", 5.0, "shift of σ for clips")
-    add("--change-weight", 0.0, "how much more the loss counts where source and target differ; 0 is plain flow matching")
-    add("--area", 480 * 832, "larger pictures are scaled down to this many pixels")
-    add("--frames", 81, "longer clips are cut to this many frames")
-    add("--queries", None, "queries of a fresh start, image and video; paper: 256 512", type=int, nargs=2)
-    add("--lora-rank", 64, "of a fresh start")
-    add("--cache", None, "folder for VAE latents, each computed once", type=Path)
-    add("--validate", None, "JSON lines file of which the first edits are rendered now and then", type=Path)
-    add("--validate-every", 1000, "steps between renderings")
-    add("--validate-count", 8, "edits to render")
-    add("--save-every", 500, "steps between checkpoints")
-    add("--keep", 2, "checkpoints to keep")
-    add("--log-every", 10, "steps between lines of metrics.jsonl")
-    add("--seed", 0, "of data order, noise, σ and fresh weights")
-    add("--workers", 2, "threads that read ahead")
+    add("--start", None, "instructx/ folder of the stage before", Path, shown="the one in --weights, else fresh queries")
+    add("--config", [], "KEY=VALUE settings of instructx/config.json (InstructXConfig in connector.py), such as image_queries=64 "
+        "lora_rank=16 of a fresh start, or steps=20 guidance=3 of sampling", nargs="+", shown="as released, or as --start says")
+    add("--steps", None, "optimizer steps", count, shown="paper: 20000, 20000, 5000 for stage 1, 2, 3")
+    add("--image-batch", 128, "images per step; paper: 128", count)
+    add("--video-batch", 32, "clips per step; paper: 32", count)
+    add("--micro-batch", 8, "samples, all of one shape, that go through the models at once; a batch is the sum of several", count)
+    add("--video-share", 0.6, "share of the steps of stage 2 or 3 that take clips; paper: 0.6", share)
+    add("--lr", 1e-5, "learning rate; paper: 1e-5", positive)
+    add("--warmup", 500, "steps until the learning rate is reached", number(int, 0, 10**9))
+    add("--schedule", "constant", "of the learning rate after that; linear and cosine end at 0", choices=("constant", "linear", "cosine"))
+    add("--weight-decay", 0.01, "of matrices; queries, norms, biases and modulation have none", positive)
+    add("--clip", 1.0, "largest norm of the gradient", positive)
+    add("--drop", 0.1, "probability of an empty instruction, for guidance", share)
+    add("--sigma", "logit-normal", "how σ is drawn, before it is shifted", choices=("logit-normal", "uniform"))
+    add("--image-shift", 3.0, "shift of σ for images", number(float, 0.01, 100))
+    add("--video-shift", 5.0, "shift of σ for clips", number(float, 0.01, 100))
+    add("--change-weight", 0.0, "how much more the loss counts where source and target differ; 0 is plain flow matching", positive)
+    add("--area", 480 * 832, "larger pictures are scaled down to about this many pixels", count)
+    add("--frames", 81, "longer clips are cut to this many frames", count)
+    add("--cache", None, "folder for VAE latents, each computed once, and for the sizes of the data", Path, shown="none")
+    add("--save-every", 500, "steps between checkpoints", count)
+    add("--keep", 2, "checkpoints to keep", count)
+    add("--seed", 0, "of data order, noise, σ and dropped instructions", number(int, 0, 2**62))
+    add("--workers", 2, "threads that read ahead", count)
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train")
-    add("--precision", None, "of matrix products and frozen weights", choices=("float32", "bfloat16"), type=str,
-        shown="bfloat16 on CUDA, else float32")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute the DiT's blocks in the backward pass: less memory")
-    args = parser.parse_args()
+    add("--precision", None, "of matrix products and frozen weights", choices=("float32", "bfloat16"), shown="bfloat16 on CUDA, else float32")
+    parser.add_argument("--train-all", action="store_true", help="train the whole language model instead of LoRA: for tiny models")
+    args = parser.parse_args(arguments)
     args.steps = args.steps or PAPER_STEPS[args.stage]
     args.precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.config = config_settings(args.config)
+    if args.change_weight and args.stage == 1:
+        raise ValueError("--change-weight is for stages 2 and 3: in stage 1 the DiT does not see the source")
     return args
+
+
+def config_settings(pairs):
+    """["steps=20", ...] -> {"steps": 20, ...}. Raises ValueError for what InstructXConfig does not have."""
+    kinds, chosen = InstructXConfig.__annotations__, {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in kinds or name in ("mllm_dim", "context_dim"):
+            raise ValueError(f"--config {pair}: there is no setting {name!r}; known are {', '.join(kinds)}")
+        try:
+            chosen[name] = {"true": True, "false": False}[value] if kinds[name] is bool else kinds[name](value)
+        except (ValueError, KeyError):
+            raise ValueError(f"--config {pair}: {value!r} should be of the kind {kinds[name].__name__}") from None
+    return chosen
+
+
+# Data: what there is, in which order, and reading it.
+
+
+def media_shape(path):
+    """(T, H, W) of what read_frames reads at `path`, from headers alone where that will do; it raises the same errors."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_OPTIONS)
+        if not files:
+            raise MediaError(f"{path} is a folder without images")
+        return len(files), *media_shape(files[0])[1:]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            frames = image.n_frames if image.format in ANIMATED_FORMATS else 1
+            # PIL would decode a whole PNG to look for EXIF behind its pixels.
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            turned = frames == 1 and exif.get(0x0112, 1) > 4
+            return frames, *(image.size if turned else image.size[::-1])
+    except UnidentifiedImageError:
+        with contextlib.closing(decode(path, 1)) as frames:
+            frame = next(frames, None)
+        if frame is None:
+            raise MediaError(f"{path} is neither an image nor a video that can be read") from None
+        return len(list_frames(path)[1]), *frame.shape[:2]
+
+
+class Index:
+    """media_shape, remembered in a JSON file as long as size and time of the media file do not change."""
+
+    def __init__(self, file):
+        self.file, self.known, self.new = file, json.loads(file.read_text()) if file.exists() else {}, 0
+
+    def __call__(self, path):
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        found = self.known.get(str(path))
+        if found is None or found[:2] != stamp:
+            found = self.known[str(path)] = [*stamp, *media_shape(path)]
+            self.new += 1
+        return tuple(found[2:])
+
+    def save(self):
+        if self.new:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.file.with_name(f"{self.file.name}.{os.getpid()}.partial")
+            partial.write_text(json.dumps(self.known))
+            os.replace(partial, self.file)
+
+
+@dataclass
+class Pair:
+    """One line of the data."""
+
+    where: str              # file and line
+    source: Path
+    target: Path
+    references: list
+    instruction: str
+
+
+def read_lines(file):
+    """Yields a Pair, or the ValueError that says what is wrong with it, for each line of a data file."""
+    for line, text in enumerate(Path(file).read_text().splitlines(), 1):
+        where = f"{file}:{line}"
+        try:
+            row, folder = json.loads(text), Path(file).parent
+            source, target, *references = (folder / path for path in (row["source"], row["target"], *(row.get("references") or [])))
+            if not isinstance(row["instruction"], str):
+                raise TypeError("the instruction is no text")
+            yield Pair(where, source, target, references, row["instruction"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield ValueError(f"{where}: not an edit with source, target and instruction ({error!r})")
+
+
+class Pairs:
+    """The pairs of all data files, in buckets of one shape each so that a batch can be stacked, and their order.
+
+    Two pairs share a bucket when clip length, working size and the sizes of their references agree. An epoch of images, or of
+    clips, visits each pair, in chunks of one bucket; chunks are shuffled, so that the steps mix shapes.
+    """
+
+    def __init__(self, args, multiple, stride):
+        self.args, self.multiple, self.stride = args, multiple, stride
+        self.pairs, self.broken, self.buckets = [], {}, {False: {}, True: {}}      # broken: {where: why}, buckets: pair numbers
+        for pair in (pair for file in args.data for pair in read_lines(file)):
+            if isinstance(pair, Pair):
+                self.pairs.append(pair)
+            else:
+                self.broken[str(pair).partition(": ")[0]] = str(pair)
+        self.index = Index((args.cache or args.out) / "sizes.json")
+        with ThreadPoolExecutor(args.workers) as pool:
+            bar = tqdm(pool.map(self.try_shape, self.pairs), desc="sizes", total=len(self.pairs), disable=None, leave=False)
+            self.shapes = list(bar)
+        self.index.save()
+        for i, shape in enumerate(self.shapes):
+            if shape and (args.stage > 1 or shape[0][0] == 1):
+                bucket = shape if args.stage > 1 else shape[:1]         # in stage 1 the DiT sees no references
+                self.buckets[shape[0][0] > 1].setdefault(bucket, []).append(i)
+        if not any(self.buckets.values()):
+            why = next(iter(self.broken.values()), "stage 1 takes images, and all of it are clips")
+            raise ValueError(f"no usable pair in {', '.join(map(str, args.data))}: {why}")
+
+    def try_shape(self, pair):
+        try:
+            return self.shape(pair)
+        except Exception as error:          # whatever is wrong with one file, the run goes on
+            self.broken[pair.where] = f"{pair.where}: {error}"
+
+    def shape(self, pair):
+        """The bucket of a pair: working shapes of the source, which the target shares, and of the references."""
+        (length, height, width), (target_length, *target) = self.index(pair.source), self.index(pair.target)
+        if (length > 1) != (target_length > 1):
+            raise ValueError(f"one of {pair.source} and {pair.target} is an image, the other a clip")
+        if abs(math.log(height / width * target[1] / target[0])) > 0.1:
+            raise ValueError(f"{pair.source} is {width}x{height}, {pair.target} {target[1]}x{target[0]}: another aspect, so no pair")
+        length = min(length, target_length, self.args.frames)
+        source = (length - 1) // self.stride * self.stride + 1, *self.working(height, width, self.args.area)
+        if length > 1 and source[0] == 1:
+            raise ValueError(f"{pair.source} has {length} frames; a clip should have {self.stride + 1} or more")
+        area = source[1] * source[2]        # a reference costs at most as many tokens as a frame of the source
+        return source, *((1, *self.working(*self.index(path)[1:], area)) for path in pair.references)
+
+    def working(self, height, width, area):
+        """The size that a picture is scaled to: no larger than it is, about `area` at most, sides in multiples for the models.
+
+        Eight lengths from each power of two to the next, so that pictures of all sizes fall into few buckets.
+        """
+        scale = min(1.0, (area / (height * width)) ** 0.5)
+
+        def side(pixels):
+            units = max(1.0, pixels * scale / self.multiple)
+            step = 2 ** max(0, int(math.log2(units)) - 3)
+            return round(units / step) * step * self.multiple
+
+        return side(height), side(width)
+
+    def is_video(self, step):
+        """Whether `step` takes clips, and how many steps before it took the same kind of data. Evenly spread, with no chance in it."""
+        share = float(bool(self.buckets[True])) if not (self.buckets[True] and self.buckets[False]) else self.args.video_share
+        clips = math.floor(share * step + 1e-9)
+        video = math.floor(share * (step + 1) + 1e-9) > clips
+        return video, clips if video else step - clips
+
+    @functools.lru_cache(maxsize=4)
+    def epoch(self, video, epoch):
+        """[[pair number]], the chunks of one epoch. The last chunk of a bucket is filled up with others of that bucket."""
+        rng, chunks = np.random.default_rng([self.args.seed, video, epoch]), []
+        size = min(self.args.micro_batch, self.args.video_batch if video else self.args.image_batch)
+        for numbers in self.buckets[video].values():
+            order = rng.permutation(numbers).tolist()
+            order += order[:-len(order) % size] if len(order) > size else []
+            chunks += [order[start:start + size] for start in range(0, len(order), size)]
+        return [chunks[i] for i in rng.permutation(len(chunks))]
+
+    def plan(self, step):
+        """What `step` sees: (is_video, [[pair number]]), one entry for each micro-batch."""
+        video, before = self.is_video(step)
+        batch, chunks = self.args.video_batch if video else self.args.image_batch, len(self.epoch(video, 0))
+        count = max(1, round(batch / self.args.micro_batch))
+        places = (divmod(before * count + i, chunks) for i in range(count))
+        return video, [self.epoch(video, epoch)[i] for epoch, i in places]
+
+
+def read(path, shape):
+    """The frames at `path` in a working shape, uint8 (T, H, W, 3), and their rate. Raises ValueError where there are fewer."""
+    length, height, width = shape
+    media = read_frames(path, limit=length, size=(width, height))
+    if len(media.frames) < length:
+        raise ValueError(f"{path} has {len(media.frames)} frames that can be read, and {length} by its header")
+    return media.frames[:length], float(media.fps or 16)
+
+
+@dataclass
+class Picture:
+    """A picture on its way into the DiT: its latents if they are known, else its frames, and where to keep the latents."""
+
+    z: torch.Tensor | None          # (1, 16, F, h, w)
+    frames: np.ndarray | None       # uint8 (T, H, W, 3)
+    file: Path | None
+
+
+class Latents:
+    """Encodes pictures, each once where there is a folder for it.
+
+    The key is the content of the media file, the working shape and the VAE, so latents can't go stale, and with known latents a
+    clip need not even be decoded. Each is encoded alone: in a batch the last bits could depend on what else was in it.
+    """
+
+    def __init__(self, vae, folder):
+        self.vae, self.folder = vae, folder
+        self.vae_key = hashlib.sha256(repr(vae.config).encode())
+        for tensor in vae.encoder.state_dict().values():
+            self.vae_key.update(tensor.detach().float().cpu().numpy().tobytes())
+
+    def look_up(self, path, shape, frames=None):
+        """The Picture at `path`; `frames` if they are read already. Thread-safe: the VAE is not used."""
+        if self.folder is None:
+            return Picture(None, read(path, shape)[0] if frames is None else frames, None)
+        key = self.vae_key.copy()
+        key.update(repr(shape).encode())
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            key.update(file.read_bytes())
+        file = self.folder / key.hexdigest()[:2] / f"{key.hexdigest()[2:34]}.safetensors"
+        if file.exists():
+            return Picture(load_file(file)["z"], None, file)
+        return Picture(None, read(path, shape)[0] if frames is None else frames, file)
+
+    def __call__(self, pictures):
+        """[Picture] of one shape -> (B, 16, F, h, w) on the VAE's device."""
+        return torch.cat([self.encode(picture) if picture.z is None else picture.z.to(self.vae.conv1.weight.device) for picture in pictures])
+
+    def encode(self, picture):
+        video = torch.tensor(picture.frames, device=self.vae.conv1.weight.device).permute(3, 0, 1, 2)[None]     # (1, 3, T, H, W)
+        z = self.vae.encode(video.to(self.vae.conv1.weight.dtype) / 127.5 - 1)
+        if picture.file:
+            picture.file.parent.mkdir(parents=True, exist_ok=True)
+            partial = picture.file.with_suffix(f".{os.getpid()}.partial")
+            save_file({"z": z.cpu().contiguous()}, partial)
+            os.replace(partial, picture.file)
+        return z
 
 
 @dataclass
 class Sample:
-    """One pair, read and made ready: what the MLLM sees, and the pictures as the VAE takes them."""
+    """One pair, read and made ready."""
 
-    inputs: dict                # of the processor
-    source: np.ndarray          # uint8 (T, H, W, 3)
-    target: np.ndarray
-    references: list = field(default_factory=list)
-
-
-class Pairs:
-    """JSON lines of edits, sorted into buckets of one shape each so that a batch can be stacked.
-
-    Two pairs share a bucket when clip length, working size and the sizes of their references agree.
-    """
-
-    def __init__(self, files, multiple, stride, area, frames):
-        self.multiple, self.stride, self.area, self.frames = multiple, stride, area, frames
-        self.rows, self.broken, self.buckets = [], {}, {False: {}, True: {}}
-        for file in files:
-            for number, line in enumerate(Path(file).read_text().splitlines(), 1):
-                self.rows.append(self.row(file, number, line))
-        for i in tqdm(range(len(self.rows)), desc="data", disable=None):
-            try:
-                shape = self.shape(i)
-            except Exception as error:
-                self.broken[i] = str(error)
-            else:
-                self.buckets[shape[0][0] > 1].setdefault(shape, []).append(i)
-
-    @staticmethod
-    def row(file, number, line):
-        try:
-            row = json.loads(line)
-            folder = Path(file).parent
-            return {"instruction": row["instruction"], "source": folder / row["source"], "target": folder / row["target"],
-                    "references": [folder / path for path in row.get("references") or []]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: not an edit with source, target and instruction ({error!r})") from None
-
-    def working(self, length, height, width):
-        """(frames, height, width) of a picture as it is trained on: cut to 4n + 1 frames, at most `area`, sides a multiple."""
-        scale = min(1.0, (self.area / (height * width)) ** 0.5)
-        side = lambda pixels: max(self.multiple, round(pixels * scale / self.multiple) * self.multiple)
-        return (min(length, self.frames) - 1) // self.stride * self.stride + 1, side(height), side(width)
-
-    def shape(self, i):
-        """Bucket of row i: working shapes of source and references."""
-        row = self.rows[i]
-        return tuple(self.working(*read_frames(path, limit=self.frames).frames.shape[:3]) for path in (row["source"], *row["references"]))
-
-    def read(self, path, shape):
-        """The frames at `path` in a working shape. Raises ValueError where the clip is shorter than that."""
-        length, height, width = shape
-        frames = read_frames(path, limit=length).frames
-        if len(frames) < length:
-            raise ValueError(f"{path} has {len(frames)} frames, its pair has {length}")
-        if frames.shape[1:3] == (height, width):
-            return frames[:length]
-        resize = lambda frame: np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
-        return np.stack([resize(frame) for frame in frames[:length]])
-
-    def load(self, i, shape, instruction, prompt):
-        """Row i as a Sample; `prompt` is InstructX.prompt."""
-        row = self.rows[i]
-        source, target = self.read(row["source"], shape[0]), self.read(row["target"], shape[0])
-        references = [self.read(path, one)[0] for path, one in zip(row["references"], shape[1:])]
-        return Sample(prompt(source, instruction, references), source, target, references)
-
-    def draw(self, step, args):
-        """What `step` sees: (is_video, [(bucket, [(row, keeps its instruction)])]), one entry for each micro-batch."""
-        rng = np.random.default_rng([args.seed, step])
-        is_video = args.stage > 1 and rng.random() < args.video_share
-        is_video = is_video if self.buckets[is_video] else not is_video
-        buckets = self.buckets[is_video]
-        total, plan = args.video_batch if is_video else args.image_batch, []
-        shares = np.array([len(rows) for rows in buckets.values()], float)
-        while total > 0:
-            shape = list(buckets)[rng.choice(len(shares), p=shares / shares.sum())]
-            count = min(total, args.micro_batch)
-            plan.append((shape, [(int(rng.choice(buckets[shape])), bool(rng.random() >= args.drop)) for _ in range(count)]))
-            total -= count
-        return is_video, plan
+    where: str
+    seed: int               # of its noise and σ
+    inputs: dict            # of the MLLM
+    target: Picture
+    source: Picture | None  # in stage 1 the MLLM alone sees the source and the references
+    references: list
 
 
-class Latents:
-    """Encodes pictures, each once where `--cache` names a folder. The key is the picture's content and the VAE's: it can't go stale."""
-
-    def __init__(self, model, folder):
-        self.model, self.folder = model, folder
-        weight = model.vae.conv1.weight.detach().float().cpu().numpy().tobytes()
-        self.vae_key = hashlib.sha256(weight + repr(model.vae.config).encode()).digest()
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, pictures):
-        """[uint8 (T, H, W, 3)] of one shape -> (B, 16, F, h, w) on the model's device."""
-        device = next(self.model.vae.parameters()).device
-        if not self.folder:
-            return self.encode(pictures)
-        keys = [hashlib.sha256(self.vae_key + repr(frames.shape).encode() + frames.tobytes()).hexdigest()[:32] for frames in pictures]
-        files = [self.folder / key[:2] / f"{key}.safetensors" for key in keys]
-        missing = [i for i, file in enumerate(files) if not file.exists()]
-        for i, z in zip(missing, self.encode([pictures[i] for i in missing]) if missing else ()):
-            files[i].parent.mkdir(exist_ok=True)
-            save_file({"z": z.cpu().contiguous()}, f"{files[i]}.partial")
-            os.replace(f"{files[i]}.partial", files[i])
-        return torch.stack([load_file(file)["z"] for file in files]).to(device)
-
-    @torch.no_grad()
-    def encode(self, pictures):
-        parameter = next(self.model.vae.parameters())
-        video = torch.from_numpy(np.stack(pictures)).to(parameter.device).permute(0, 4, 1, 2, 3)    # (B, 3, T, H, W)
-        return self.model.vae.encode(video.to(parameter.dtype) / 127.5 - 1)
+# Training.
 
 
-def trainable(model, stage):
+def trainable(model, stage, train_all):
     """{name: parameter} that this stage trains, made float32; all others are frozen."""
-    model.requires_grad_(False)
-    if stage > 1 and model.dit.source_embedding is None:
+    if train_all and lora_layers(model.mllm):
+        merge_lora(model.mllm)
+        model.config.lora_rank = 0
+    if stage > 1:
         model.dit.add_source_embedding()                # starts as a copy: the paper's addition, exactly
+    model.requires_grad_(False)
+    prefixes = ("connector.", *(["dit."] if stage > 1 else []), *(["mllm.model."] if train_all else []))
     chosen = {}
     for name, parameter in model.named_parameters():
-        ours = name.startswith("connector.") or ".lora_" in name or (stage > 1 and name.startswith("dit."))
-        if ours:
+        if name.startswith(prefixes) or ".lora_" in name:
             parameter.data = parameter.data.float().clone()     # a clone, since loaded weights are mapped files
             chosen[name] = parameter.requires_grad_()
     return chosen
 
 
-def flow_loss(model, context, z, source, references, sigma, noise, sampler, change_weight=0.0):
+def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change_weight=0.0):
     """Flow matching: the error of the DiT's velocity against ε - x at x_σ = (1-σ)x + σε. Returns one loss per sample, (B,).
 
     z, source and noise (B, 16, F, h, w), references [(B, 16, 1, h', w')], sigma (B,), context (B, Q, C).
     """
-    velocity = model.dit(sampler.add_noise(z, noise, sigma), 1000 * sigma, context, source=source, references=references)
+    velocity = dit(sampler.add_noise(z, noise, sigma), 1000 * sigma, context, source=source, references=references)
     error = (velocity.float() - sampler.target(z, noise)).square()                                  # (B, 16, F, h, w)
-    if change_weight and source is not None:
+    if change_weight:
         # An edit changes little of the picture, and all the rest is learnt first; weights have mean 1 over each sample.
         change = (z - source).square().mean(dim=1, keepdim=True)                                    # (B, 1, F, h, w)
         weight = 1 + change_weight * change / change.amax(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
@@ -237,143 +383,8 @@ def flow_loss(model, context, z, source, references, sigma, noise, sampler, chan
     return error.flatten(1).mean(dim=1)
 
 
-class Trainer:
-    """One training run: the models, the optimizer, and what a step does with them."""
-
-    def __init__(self, args):
-        self.args = args
-        self.compute = getattr(torch, args.precision)
-        self.model = load_model(args, self.compute)
-        self.parameters = trainable(self.model, args.stage)
-        self.model.dit.gradient_checkpointing = args.gradient_checkpointing
-        decayed = [p for name, p in self.parameters.items() if p.ndim > 1 and "queries" not in name and "modulation" not in name]
-        plain = [p for p in self.parameters.values() if not any(p is other for other in decayed)]
-        groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if args.ema else None
-        stride, multiple = self.model.vae.temporal_stride, self.model.multiple()
-        self.pairs = Pairs(args.data, multiple, stride, args.area, args.frames)
-        self.latents = Latents(self.model, args.cache)
-        self.step, self.unusable = 0, 0
-
-    def load_batch(self, step):
-        """The samples of a step, read from disk: (is_video, [[Sample]]). A broken pair is left out, counted and named."""
-        is_video, plan = self.pairs.draw(step, self.args)
-        micro_batches = []
-        for shape, chosen in plan:
-            samples = []
-            for i, keeps in chosen:
-                try:
-                    words = self.pairs.rows[i]["instruction"] if keeps else ""
-                    samples.append(self.pairs.load(i, shape, words, self.model.prompt))
-                except Exception as error:              # whatever is wrong with one file, the run goes on
-                    self.pairs.broken[i] = str(error)
-            if samples:
-                micro_batches.append(samples)
-        return is_video, micro_batches
-
-    def loss(self, samples, is_video, generator):
-        """Losses and σ of one micro-batch, each (B,). All random numbers come from `generator`, on the CPU."""
-        args, device = self.args, args_device(self.args)
-        z = self.latents([sample.target for sample in samples])                                     # (B, 16, F, h, w)
-        source, references = None, ()
-        if args.stage > 1:
-            source = self.latents([sample.source for sample in samples])
-            references = [self.latents([image[None] for image in images]) for images in zip(*(s.references for s in samples))]
-        sampler = FlowSampler(shift=args.video_shift if is_video else args.image_shift)
-        sigma = sampler.draw_sigma(len(samples), generator).to(device)
-        noise = torch.randn(z.shape, generator=generator).to(device)
-        inputs = self.model.processor.collate([sample.inputs for sample in samples])
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
-            context = self.model.context(inputs, is_video)
-            losses = flow_loss(self.model, context, z.float(), source, references, sigma, noise, sampler, args.change_weight)
-        return losses, sigma
-
-    def update(self, is_video, micro_batches):
-        """One optimizer step. Returns its figures; a step whose loss or gradient is not finite changes nothing and says so."""
-        args = self.args
-        generator = torch.Generator().manual_seed(hash_of(args.seed, self.step))
-        count = sum(map(len, micro_batches))
-        losses, sigmas = [], []
-        for samples in micro_batches:
-            loss, sigma = self.loss(samples, is_video, generator)
-            (loss.sum() / count).backward()
-            losses.append(loss.detach())
-            sigmas.append(sigma)
-        losses, sigmas = torch.cat(losses).cpu(), torch.cat(sigmas).cpu()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.clip).item()
-        finite = math.isfinite(norm) and bool(losses.isfinite().all())
-        rate = learning_rate(self.step, args)
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            for name, average in (self.ema or {}).items():
-                average.lerp_(self.parameters[name].detach(), 1 - args.ema)
-        self.optimizer.zero_grad()
-        bins = (sigmas * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
-        by_sigma = [losses[bins == i].mean().item() if (bins == i).any() else None for i in range(SIGMA_BINS)]
-        return {"step": self.step, "video": is_video, "samples": count, "loss": losses.mean().item(), "by_sigma": by_sigma,
-                "gradient": norm, "lr": rate, "finite": finite}
-
-    @contextlib.contextmanager
-    def averaged(self):
-        """Inside, the model has its averaged weights, where there are any."""
-        kept = {name: self.parameters[name].data for name in self.ema or {}}
-        for name in kept:
-            self.parameters[name].data = self.ema[name]
-        yield
-        for name, value in kept.items():
-            self.parameters[name].data = value
-
-    def save(self):
-        """Writes checkpoints/step-N, which appears whole or not at all, and removes those before the last `--keep`."""
-        final = self.args.out / "checkpoints" / f"step-{self.step:07d}"
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            tensors = {name: p.detach().cpu() for name, p in self.parameters.items()}
-            tensors |= {f"ema.{name}": value.cpu() for name, value in (self.ema or {}).items()}
-            for name, parameter in self.parameters.items():
-                tensors |= {f"{key}.{name}": value.cpu() for key, value in self.optimizer.state.get(parameter, {}).items()}
-            save_file(tensors, partial / "state.safetensors")
-            (partial / "state.json").write_text(json.dumps({"step": self.step, "settings": fixed(self.args)}, indent=2))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise SystemExit(f"train.py: error: checkpoint {final} could not be written ({error}); the one before is whole")
-        for old in checkpoints(self.args.out)[:-self.args.keep]:
-            shutil.rmtree(old)
-
-    def resume(self):
-        """Goes on from the last checkpoint, if there is one. Raises ValueError when it was made with other settings."""
-        found = checkpoints(self.args.out)
-        if not found:
-            return
-        state = json.loads((found[-1] / "state.json").read_text())
-        now = fixed(self.args)
-        odd = [f"{name} {state['settings'].get(name)} then, {value} now" for name, value in now.items() if state["settings"].get(name) != value]
-        if odd:
-            raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(odd)}); give them again, or another --out")
-        tensors = load_file(found[-1] / "state.safetensors")
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(tensors[name])
-            moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
-            if moments:
-                self.optimizer.state[parameter] = {
-                    key: value.to("cpu" if key == "step" and parameter.device.type == "cpu" else parameter.device)
-                    for key, value in moments.items()}
-        for name, average in (self.ema or {}).items():
-            average.copy_(tensors[f"ema.{name}"])
-        self.step = state["step"]
-        print(f"resumed at step {self.step} from {found[-1]}")
-
-
-def args_device(args):
-    return torch.device(args.device)
+class Stop(Exception):
+    """What ends a run that was going well."""
 
 
 def hash_of(*values):
@@ -382,26 +393,284 @@ def hash_of(*values):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, constant (paper), and where asked a linear decay at the end."""
-    rising = (step + 1) / max(1, args.warmup)
-    falling = (args.steps - step) / args.decay if args.decay else 1
-    return args.lr * min(1, rising, falling)
+    """Linear warm-up, then constant (paper), or falling to 0 along a line or a cosine."""
+    done = min(1, max(0, step + 1 - args.warmup) / max(1, args.steps - args.warmup))
+    falling = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
+    return args.lr * min(1, (step + 1) / max(1, args.warmup)) * falling
 
 
-def load_model(args, dtype):
-    model = InstructX.from_pretrained(args.weights, args.device, dtype, instructx=args.start)
-    if not model.trained and (args.queries or args.lora_rank != model.config.lora_rank):
-        raise ValueError("--queries and --lora-rank are for a fresh start")
-    return model
+class Trainer:
+    """One training run: the models, the optimizer, and what a step does with them."""
+
+    def __init__(self, args):
+        self.args, self.device, self.compute = args, torch.device(args.device), getattr(torch, args.precision)
+        place = locate(args.weights, args.start)
+        self.model = InstructX.from_pretrained(args.weights, args.device, self.compute, args.start, **args.config)
+        # What is exported beside queries, connector and LoRA: what is trained here, or was before.
+        self.export = {name: place[name].parent == place.get("instructx") for name in ("mllm", "dit")}
+        self.export = {"mllm": self.export["mllm"] or args.train_all, "dit": self.export["dit"] or args.stage > 1}
+        self.parameters = trainable(self.model, args.stage, args.train_all)
+        plain = [name for name, p in self.parameters.items() if p.ndim < 2 or "queries" in name or "modulation" in name]
+        groups = [{"params": [p for name, p in self.parameters.items() if name not in plain], "weight_decay": args.weight_decay},
+                  {"params": [self.parameters[name] for name in plain], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+        self.pairs = Pairs(args, self.model.multiple(), self.model.vae.temporal_stride)
+        self.latents = Latents(self.model.vae, args.cache)
+        self.step, self.unusable = 0, 0
+
+    def load(self, step):
+        """What a step needs from disk: (is_video, [[Sample]]). A pair that is broken is left out, and named in `broken`."""
+        video, plan = self.pairs.plan(step)
+        batches = [[self.sample(number, hash_of(self.args.seed, step, i, j)) for j, number in enumerate(numbers)]
+                   for i, numbers in enumerate(plan)]
+        return video, [samples for batch in batches if (samples := [sample for sample in batch if sample])]
+
+    def sample(self, number, seed):
+        """One pair as a Sample, or None if it is broken."""
+        pair, shape = self.pairs.pairs[number], self.pairs.shapes[number]
+        words = pair.instruction if np.random.default_rng(seed).random() >= self.args.drop else ""
+        try:
+            frames, fps = read(pair.source, shape[0])
+            pictures = [read(path, one)[0] for path, one in zip(pair.references, shape[1:])]
+            inputs = self.model.prompt(frames, words, [picture[0] for picture in pictures], fps)
+            target, source, references = self.latents.look_up(pair.target, shape[0]), None, []
+            if self.args.stage > 1:
+                source = self.latents.look_up(pair.source, shape[0], frames)
+                references = [self.latents.look_up(*rest) for rest in zip(pair.references, shape[1:], pictures)]
+            return Sample(pair.where, seed, inputs, target, source, references)
+        except Exception as error:              # whatever is wrong with one file, the run goes on
+            self.pairs.broken[pair.where] = f"{pair.where}: {error}"
+
+    def loss(self, samples, video):
+        """Losses and σ of one micro-batch, each (B,). All random numbers come from the samples' seeds, on the CPU."""
+        args = self.args
+        z = self.latents([sample.target for sample in samples]).float()                             # (B, 16, F, h, w)
+        source = self.latents([sample.source for sample in samples]).float() if args.stage > 1 else None
+        references = [self.latents(pictures).float() for pictures in zip(*(sample.references for sample in samples))]
+        sampler = FlowSampler(shift=args.video_shift if video else args.image_shift)
+        generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
+        sigma = torch.cat([sampler.draw_sigma(1, generator, args.sigma == "uniform") for generator in generators]).to(self.device)
+        noise = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators]).to(self.device)
+        inputs = self.model.processor.collate([sample.inputs for sample in samples])
+        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
+            context = self.model.context(inputs, video)
+            losses = flow_loss(self.model.dit, context, z, source, references, sigma, noise, sampler, args.change_weight)
+        return losses, sigma
+
+    def update(self, video, batches):
+        """One optimizer step -> its figures. A step whose loss or gradient is not finite changes nothing and says so."""
+        args, count = self.args, sum(map(len, batches))
+        losses, sigmas = [], []
+        for samples in batches:
+            loss, sigma = self.loss(samples, video)
+            (loss.sum() / count).backward()
+            losses.append(loss.detach())
+            sigmas.append(sigma)
+        losses, sigmas = (torch.cat(values).cpu() if values else torch.empty(0) for values in (losses, sigmas))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.clip).item()
+        used = count > 0 and math.isfinite(norm) and bool(losses.isfinite().all())
+        rate = learning_rate(self.step, args)
+        if used:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.unusable = 0 if used else self.unusable + 1
+        bins = (sigmas * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
+        by_sigma = [losses[bins == i].mean().item() if (bins == i).any() else None for i in range(SIGMA_BINS)]
+        return {"step": self.step, "video": video, "samples": count, "loss": losses.mean().item() if count else None,
+                "by_sigma": by_sigma, "gradient": norm, "lr": rate, "used": used, "broken": len(self.pairs.broken)}
+
+    def run(self):
+        """Steps until --steps, with a checkpoint every --save-every and at the end."""
+        args, ahead = self.args, deque()
+        self.metrics = Metrics(args.out, self.step)
+        start = time.time()
+        with ThreadPoolExecutor(args.workers) as pool, tqdm(initial=self.step, total=args.steps, desc=f"stage {args.stage}", disable=None) as bar:
+            try:
+                while self.step < args.steps:
+                    while len(ahead) <= args.workers and self.step + len(ahead) < args.steps:
+                        ahead.append(pool.submit(self.load, self.step + len(ahead)))
+                    began = time.perf_counter()
+                    video, batches = ahead.popleft().result()
+                    waited = time.perf_counter() - began
+                    figures = self.update(video, batches)
+                    seconds = time.perf_counter() - began
+                    self.metrics.write({**figures, "seconds": round(seconds, 3), "waited": round(waited, 3),
+                                        "samples_per_second": round(figures["samples"] / seconds, 2), "memory": memory(self.device)})
+                    self.step += 1
+                    bar.update()
+                    bar.set_postfix(loss=figures["loss"], gradient=figures["gradient"], refresh=False)
+                    if self.unusable:
+                        self.complain(figures, batches)
+                    if self.step % args.save_every == 0 or self.step == args.steps:
+                        self.save()
+                        self.metrics.draw()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def complain(self, figures, batches):
+        """Says why a step was skipped. Raises Stop if it is the tenth in a row."""
+        names = ", ".join(sample.where for samples in batches for sample in samples) or next(iter(self.pairs.broken.values()), "no data")
+        what = f"loss {figures['loss']}, gradient {figures['gradient']}" if figures["samples"] else "no sample could be read"
+        if self.unusable >= PATIENCE:
+            raise Stop(f"{PATIENCE} steps in a row were unusable; the last, {figures['step']}: {what}; its batch: {names}")
+        tqdm.write(f"train.py: step {figures['step']} skipped: {what}; its batch: {names}", file=sys.stderr)
+
+    def save(self):
+        """Writes checkpoints/step-N, which appears whole or not at all, and removes those before the last `--keep`."""
+        final = self.args.out / "checkpoints" / f"step-{self.step:07d}"
+        partial = final.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            tensors = {name: p.detach() for name, p in self.parameters.items()}
+            for name, parameter in self.parameters.items():
+                tensors |= {f"{key} {name}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+            save_file(tensors, partial / "state.safetensors")
+            state = {"step": self.step, "unusable": self.unusable, "settings": lasting(self.args)}
+            (partial / "state.json").write_text(json.dumps(state, indent=2))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+        except Exception as error:              # of a full disk, safetensors has an error type of its own
+            shutil.rmtree(partial, ignore_errors=True)
+            raise Stop(f"checkpoint {final} could not be written, the one before is whole ({error})") from None
+        for old in checkpoints(self.args.out)[:-self.args.keep]:
+            shutil.rmtree(old)
+
+    def resume(self):
+        """Goes on from the last checkpoint, if there is one. Raises ValueError when it was made with other settings."""
+        found = checkpoints(self.args.out)
+        if not found:
+            return
+        state, now = json.loads((found[-1] / "state.json").read_text()), lasting(self.args)
+        odd = [f"{name} was {state['settings'].get(name)} and is {value}" for name, value in now.items() if state["settings"].get(name) != value]
+        if odd:
+            raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(odd)}); give the same, or another --out")
+        tensors = load_file(found[-1] / "state.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
+        moments = {}
+        for key, value in tensors.items():
+            kind, _, name = key.rpartition(" ")
+            if kind:
+                moments.setdefault(name, {})[kind] = value.to(self.device, copy=True)
+        for name, values in moments.items():
+            self.optimizer.state[self.parameters[name]] = values
+        self.step, self.unusable = state["step"], state["unusable"]
+        print(f"train.py: goes on at step {self.step}, from {found[-1]}", file=sys.stderr)
+
+    def finish(self):
+        """Writes the result, OUT/instructx, which appears when it is whole."""
+        final = self.args.out / "instructx"
+        partial = final.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial, **self.export)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        return final
 
 
-def fixed(args):
+def lasting(args):
     """The settings that a resumed run must share with its checkpoint: all that the result depends on."""
-    free = {"out", "device", "workers", "keep", "save_every", "log_every", "validate", "validate_every", "validate_count", "cache"}
-    plain = lambda value: [str(v) for v in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-    return {name: plain(value) for name, value in sorted(vars(args).items()) if name not in free}
+    free = {"weights", "start", "out", "data", "device", "workers", "keep", "save_every", "cache"}
+    free |= {"steps"} if args.schedule == "constant" else set()
+    return {name: value for name, value in sorted(vars(args).items()) if name not in free}
 
 
 def checkpoints(out):
     """Whole checkpoints, oldest first."""
     return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
+
+
+# What a trainer sees.
+
+
+def memory(device):
+    """Peak GB so far: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+
+
+class Metrics:
+    """OUT/metrics.jsonl, one line for each step, and OUT/curves.png. Lines from `step` on are dropped: they will come again."""
+
+    def __init__(self, out, step):
+        self.file, self.rows = out / "metrics.jsonl", []
+        for line in self.file.read_text().splitlines() if self.file.exists() else []:
+            with contextlib.suppress(ValueError):       # the run may have been killed in the middle of a line
+                self.rows.append(json.loads(line))
+        self.rows = [row for row in self.rows if row["step"] < step]
+        self.file.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(self.file.with_suffix(".partial"), self.file)
+        self.stream = self.file.open("a", buffering=1)
+
+    def write(self, row):
+        self.rows.append(row)
+        self.stream.write(json.dumps(row) + "\n")
+
+    def draw(self):
+        """Four panels over the steps: loss of images and clips, loss by σ, norm of the gradient, learning rate."""
+        page = Image.new("RGB", (1200, 800), "white")
+        kinds = {name: lambda row, video=video: row["loss"] if row["video"] == video else None for name, video in (("images", False), ("clips", True))}
+        bins = {f"σ {i / SIGMA_BINS:.2f} to {(i + 1) / SIGMA_BINS:.2f}": lambda row, i=i: row["by_sigma"][i] for i in range(SIGMA_BINS)}
+        panels = {"loss": kinds, "loss by σ": bins, "norm of the gradient": {"": lambda row: row["gradient"]},
+                  "learning rate": {"": lambda row: row["lr"]}}
+        for i, (title, curves) in enumerate(panels.items()):
+            panel(ImageDraw.Draw(page), (600 * (i % 2), 400 * (i // 2)), title,
+                  {name: [(row["step"], value(row)) for row in self.rows] for name, value in curves.items()})
+        page.save(self.file.with_name("curves.partial"), format="PNG")
+        os.replace(self.file.with_name("curves.partial"), self.file.with_name("curves.png"))
+
+
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+
+
+def panel(draw, corner, title, curves, width=600, height=400, points=150):
+    """One plot: {name: [(x, y or None)]}, each averaged down to at most `points` points."""
+    left, top, right, bottom = corner[0] + 70, corner[1] + 40, corner[0] + width - 20, corner[1] + height - 40
+    lines = {}
+    for name, pairs in curves.items():
+        pairs = np.array([(x, y) for x, y in pairs if y is not None and math.isfinite(y)], float).reshape(-1, 2)
+        lines[name] = [part.mean(axis=0) for part in np.array_split(pairs, min(points, max(1, len(pairs)))) if len(part)]
+    everything = np.array([point for line in lines.values() for point in line]).reshape(-1, 2)
+    if not len(everything):
+        return
+    (x0, y0), (x1, y1) = everything.min(axis=0), everything.max(axis=0)
+    y0, x1 = min(0.0, y0), max(x1, x0 + 1)
+    y1 = max(y1, y0 + 1e-12)
+    draw.text((left, corner[1] + 12), title, "black", font_size=16)
+    for i in range(5):
+        y = bottom - i * (bottom - top) / 4
+        draw.line((left, y, right, y), "#dddddd")
+        draw.text((left - 8, y), f"{y0 + i * (y1 - y0) / 4:.3g}", "black", anchor="rm", font_size=12)
+        x = left + i * (right - left) / 4
+        draw.text((x, bottom + 8), f"{x0 + i * (x1 - x0) / 4:.0f}", "black", anchor="mt", font_size=12)
+    for i, (name, line) in enumerate(lines.items()):
+        place = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)) for x, y in line]
+        draw.line(place, COLORS[i], 2)
+        draw.text((right, top + 4 + 16 * i), name, COLORS[i], anchor="rt", font_size=13)
+
+
+def main():
+    try:
+        args = settings()
+        args.out.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(args)
+        for problem in list(trainer.pairs.broken.values())[:10]:
+            print(f"train.py: left out: {problem}", file=sys.stderr)
+        counts = {name: sum(map(len, trainer.pairs.buckets[video].values())) for name, video in (("images", False), ("clips", True))}
+        print(f"train.py: {counts['images']} images and {counts['clips']} clips in {sum(map(len, trainer.pairs.buckets.values()))} buckets, "
+              f"{len(trainer.pairs.broken)} broken; {sum(p.numel() for p in trainer.parameters.values()) / 1e6:.2f} M weights train", file=sys.stderr)
+        trainer.resume()
+        trainer.run()
+        print(trainer.finish())
+    except (ValueError, OSError, Stop) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
