@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields
@@ -601,7 +600,7 @@ def main():
         with torch.inference_mode():
             show(model, size, args.device)
     except (ValueError, OSError) as error:
-        sys.exit(f"dit.py: {error}")
+        parser.exit(2, f"dit.py: {error}\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ after the largest row or column whatever the time. Parameter names are the offic
 
 Letters: B batch, L prompt tokens, Q queries, T = L + Q, D width, N patches, H heads, G heads of keys, d head width.
 
-    python mllm.py photo.jpg "What is this?" --weights FOLDER
+    python mllm.py [photo.jpg ["What is this?"]] [--weights FOLDER]
 """
 
 import argparse
@@ -920,9 +920,11 @@ def open_media(path, count):
 def main():
     parser = argparse.ArgumentParser(description="Asks Qwen2.5-VL about a picture or a clip.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("media", help="an image or a video file")
-    parser.add_argument("question", help='for example "What is this?"')
-    parser.add_argument("--weights", required=True, help="folder with config.json, *.safetensors, tokenizer.json")
+    shapes = Path(__file__).resolve().parent / "weights" / "shapes"
+    parser.add_argument("media", nargs="?", default=shapes / "example.png", help="an image or a video file")
+    parser.add_argument("question", nargs="?", default="what is in the picture?", help="what to ask")
+    parser.add_argument("--weights", default=shapes / "mllm",
+                        help="folder with config.json, *.safetensors, tokenizer.json")
     parser.add_argument("--frames", type=int, default=13, help="how many frames of a clip are shown")
     parser.add_argument("--max-pixels", type=int, default=602112, help="larger pictures and frames are scaled down")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
@@ -935,7 +937,7 @@ def main():
         model = Qwen2_5_VL.from_pretrained(args.weights, args.device)
         print(model.generate(inputs, processor, args.max_new_tokens))
     except (ValueError, OSError) as error:
-        parser.exit(1, f"mllm.py: {error}\n")
+        parser.exit(2, f"mllm.py: {error}\n")
 
 
 if __name__ == "__main__":

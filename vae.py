@@ -15,7 +15,7 @@ memory no longer grows with T (one 96-channel float32 map of 81 x 480 x 832 alon
 Letters: B batch, C channels, T frames, F latent frames = 1 + (T-1)/4, H W pixels, h w = H/8 W/8 latent pixels.
 Precision: everything runs in the weights' dtype (input is cast to it, output has it); only norms go through float32.
 
-Run it alone to see what survives the round trip:  python vae.py clip.mp4 roundtrip.mp4 --weights Wan2.1_VAE.pth
+    python vae.py [clip.mp4 [roundtrip.mp4]] [--weights Wan2.1_VAE.pth]     # what survives the round trip
 """
 
 import argparse
@@ -24,7 +24,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import zipfile
 from dataclasses import dataclass
@@ -533,21 +532,24 @@ def roundtrip(args):
     chunks = [((x.float().cpu() + 1) * 127.5).round().byte() for x in vae.decode_stream(z)]
     decoded = time.perf_counter()
     result = torch.cat(chunks, dim=2)[0, :, :T, :H, :W].movedim(0, -1)        # (T, H, W, 3)
-    write_media(args.output, result, fps)
+    if args.output:
+        write_media(args.output, result, fps)
 
     mse = (result.float() - frames.float()).square().mean().item()
     psnr = 10 * math.log10(255**2 / mse) if mse else math.inf
     print(f"{T} x {H} x {W} pixels -> latents {' x '.join(map(str, z.shape[1:]))}: "
           f"{frames.numel() / z.numel():.1f} times fewer numbers")
-    print(f"PSNR {psnr:.2f} dB, encode {encoded - start:.2f} s, decode {decoded - encoded:.2f} s -> {args.output}")
+    print(f"PSNR {psnr:.2f} dB, encode {encoded - start:.2f} s, decode {decoded - encoded:.2f} s"
+          + (f" -> {args.output}" if args.output else ""))
 
 
 def main():
     parser = argparse.ArgumentParser(description="Sends an image or a clip through the VAE and back, and says how much "
                                      "is lost.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("input", type=Path, help="image or clip")
-    parser.add_argument("output", type=Path, help="where the round trip goes: .png, .jpg, .mp4, ...")
-    parser.add_argument("--weights", default="weights/shapes/vae", help="checkpoint file or folder")
+    shapes = Path(__file__).resolve().parent / "weights" / "shapes"
+    parser.add_argument("input", type=Path, nargs="?", default=shapes / "example.mp4", help="image or clip")
+    parser.add_argument("output", type=Path, nargs="?", help="where the round trip goes: .png, .jpg, .mp4, ...")
+    parser.add_argument("--weights", default=shapes / "vae", help="checkpoint file or folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=("stored", "float32", "bfloat16", "float16"), default="stored",
                         help="precision to run in; stored is that of the checkpoint")
@@ -555,7 +557,7 @@ def main():
     try:
         roundtrip(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"vae.py: {error}")
+        parser.exit(2, f"vae.py: {error}\n")
 
 
 if __name__ == "__main__":

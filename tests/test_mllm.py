@@ -885,7 +885,7 @@ def test_terminal_answers_about_images_and_clips(processor, speaker, tmp_path, m
         with pytest.raises(SystemExit) as stop:
             run(media, "what", "--weights", tmp_path / weights)
         message = capsys.readouterr().err
-        assert stop.value.code == 1 and message.startswith("mllm.py: ") and message.count("\n") == 1
+        assert stop.value.code == 2 and message.startswith("mllm.py: ") and message.count("\n") == 1
 
 
 def test_stands_alone():

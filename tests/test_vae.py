@@ -488,7 +488,7 @@ def test_command_line(folder, tmp_path):
     assert Image.open(tmp_path / "out.png").size == (21, 33)
     assert "1 x 33 x 21 pixels -> latents 16 x 1 x 5 x 3: 8.7 times fewer" in done.stdout and "PSNR" in done.stdout
     bad = cli(tmp_path / "nothing.png", tmp_path / "out.png", "--weights", folder, "--device", "cpu")
-    assert bad.returncode == 1 and bad.stderr.count("\n") == 1 and "nothing.png" in bad.stderr
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nothing.png" in bad.stderr
 
 
 @pytest.mark.parametrize("size", [(20, 36), (21, 33)])
