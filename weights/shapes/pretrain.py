@@ -9,7 +9,7 @@ Each name is one part, made in that order since each needs those before it; a pa
                instruction were carried out, each a text to write. No pixel is edited here: editing is what train.py teaches
     dit        the tiny WanDiT learns to paint from captions: flow matching, in the place of Wan's text-to-video training
 
-Wan reads captions through T5. Here a frozen table of random token vectors stands in for it: it carries the words and no
+Wan reads captions through T5. Here the MLLM's own word embeddings stand in for it, as they are: a table carries words and no
 understanding, so whatever meaning an edit needs has to come out of the MLLM, through queries and connector.
 """
 
@@ -35,7 +35,7 @@ from connector import SYSTEM_PROMPT
 from dit import WanDiT, WanDiTConfig
 from mllm import Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
 from sampler import FlowSampler
-from vae import VAEConfig, WanVAE
+from vae import AttentionBlock, CausalConv3d, ResidualBlock, VAEConfig, WanVAE
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 VAE = dict(dim=16, z_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True))   # 4x in space, 4x in time
@@ -74,7 +74,7 @@ def fit(name, out, model, loss_of, steps, lr, minutes_between_saves=3):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    log = open(out / f"{name}.jsonl", "a")
+    log, recent = open(out / f"{name}.jsonl", "a"), {}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=None)
     for step in bar:
         for group in optimizer.param_groups:
@@ -85,11 +85,14 @@ def fit(name, out, model, loss_of, steps, lr, minutes_between_saves=3):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 20 == 0:
-            figures = {key: round(float(value), 4) for key, value in figures.items()}
-            bar.set_postfix(figures)
-            log.write(json.dumps({"step": step, "time": round(time.time(), 1), "loss": round(float(loss), 5), **figures}) + "\n")
+        for key, value in {"loss": loss, **figures}.items():
+            recent.setdefault(key, []).append(float(value.detach()))
+        if step % 20 == 19:
+            means = {key: round(sum(values) / len(values), 4) for key, values in recent.items()}
+            bar.set_postfix(means)
+            log.write(json.dumps({"step": step + 1, "time": round(time.time(), 1), **means}) + "\n")
             log.flush()
+            recent.clear()
         if step + 1 == steps or time.time() - saved > 60 * minutes_between_saves:
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, file)
             saved = time.time()
@@ -121,23 +124,44 @@ def draw(pictures, rng, count):
     return to_video(chosen.flip(axes) if axes else chosen)
 
 
+def quick_start(vae):
+    """Weights from which a VAE learns in minutes: PyTorch's own are a third as large, and every layer shrinks the signal.
+
+    Every residual branch starts at zero and so does what a convolution makes of the past: at first there are only a few
+    linear layers between picture and picture, each frame by itself.
+    """
+    for module in vae.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            past = isinstance(module, CausalConv3d) and module.past == 2 and module.kernel_size[1] == 3
+            torch.nn.init.normal_(module.weight, std=(module.weight[0].numel() / (3 if past else 1)) ** -0.5)
+            torch.nn.init.zeros_(module.bias)
+            if past:
+                module.weight.data[:, :, :2] = 0
+        if isinstance(module, ResidualBlock):
+            torch.nn.init.zeros_(module.residual[6].weight)
+        if isinstance(module, AttentionBlock):
+            torch.nn.init.zeros_(module.proj.weight)
+    vae.conv1.bias.data[vae.config.z_dim:] = -4     # log-variance: little noise until the means say something
+
+
 def make_vae(out, args):
     pictures, _ = bank(out)
     torch.manual_seed(0)
     vae = WanVAE(VAEConfig(**VAE))
+    quick_start(vae)
     print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
 
     def loss_of(step, rng):
-        video = draw(pictures["clip"], rng, 4) if step % 2 else draw(pictures["image"], rng, 16)
-        with torch.autocast("cpu", torch.bfloat16):
-            mean, logvar = (part.float() for part in vae.moments(video, chunk=2))
-            output = vae.reconstruct(mean + torch.randn_like(mean) * (0.5 * logvar).exp(), chunk=2).float()
+        clip = step % 2 and step > args.vae_steps // 4      # what a frame looks like comes first
+        video = draw(pictures["clip"], rng, 2) if clip else draw(pictures["image"], rng, 8)
+        mean, logvar = vae.moments(video, chunk=2)
+        output = vae.reconstruct(mean + torch.randn_like(mean) * (0.5 * logvar).exp(), chunk=2)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = output - video
         psnr = -10 * torch.log10(error.detach().square().mean() / 4)
-        return error.abs().mean() + error.square().mean() + args.kl * kl, {"clip" if step % 2 else "psnr": psnr, "kl": kl}
+        return error.abs().mean() + error.square().mean() + args.kl * kl, {"clip" if clip else "image": psnr, "kl": kl}
 
-    fit("vae", out, vae, loss_of, args.vae_steps, lr=2e-3)
+    fit("vae", out, vae, loss_of, args.vae_steps, lr=1e-3)
     vae.eval()
     with torch.inference_mode():    # the latents' statistics, as Wan's were measured on its own data
         chosen = [to_video(pictures["image"][:512]), to_video(pictures["clip"][:128])]
@@ -151,10 +175,10 @@ def mllm_config(tokenizer):
     """A small Qwen2.5-VL: pictures of 64x64 are 16 merged tokens of 16x16 pixels each."""
     token = tokenizer.token_to_id
     vision = VisionConfig(depth=4, hidden_size=128, intermediate_size=320, num_heads=4, patch_size=8, window_size=32,
-                          out_hidden_size=192, fullatt_block_indexes=(1, 3))
+                          out_hidden_size=192, fullatt_block_indexes=(1, 3), tokens_per_second=8)
     return Qwen2_5_VLConfig(
         hidden_size=192, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, intermediate_size=512,
-        vocab_size=tokenizer.get_vocab_size(), mrope_section=(8, 8, 8), rope_theta=10000.0, tie_word_embeddings=True, vision=vision,
+        vocab_size=tokenizer.get_vocab_size(), mrope_section=(8, 8, 8), rope_theta=10000.0, tie_word_embeddings=True, vision_config=vision,
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
 
@@ -184,7 +208,7 @@ def make_mllm(out, args):
         for i in range(8 if step % 4 == 3 else 32):
             case = world.sample(10**8 + 64 * step + i, video=step % 4 == 3)
             instruction, references, answer = conversation(case, rng)
-            shown = {"video": case.source, "fps": 9.0} if step % 4 == 3 else {"image": case.source[0]}
+            shown = {"video": case.source, "fps": 16.0} if step % 4 == 3 else {"image": case.source[0]}
             rows.append(processor(instruction, references=references, system=SYSTEM_PROMPT, **shown))
             answers.append(tokenizer.encode(answer).ids + [end])
             rows[-1]["input_ids"] = torch.cat([rows[-1]["input_ids"], torch.tensor([answers[-1]])], dim=1)
@@ -202,15 +226,21 @@ def make_mllm(out, args):
     model.save_pretrained(out / "mllm")
 
 
-def caption_context(tokenizer, captions, width):
-    """The stand-in for T5: (B, TEXT_LENGTH, width) random token vectors plus sinusoidal positions, zeros after the end."""
-    table = torch.randn(tokenizer.get_vocab_size(), width, generator=torch.Generator().manual_seed(1))
+def word_table(mllm):
+    """(vocabulary, D): the MLLM's word embeddings at unit variance, the frozen stand-in for T5."""
+    table = mllm.model.embed_tokens.weight.detach()
+    return (table - table.mean(dim=0)) / table.std()
+
+
+def caption_context(tokenizer, table, captions):
+    """What Wan reads of captions: (B, TEXT_LENGTH, D) word vectors plus sinusoidal places, zeros after the end."""
+    width = table.shape[1]
     place = torch.arange(TEXT_LENGTH)[:, None] / 100 ** (torch.arange(0, width, 2) / width)
-    position = torch.cat([place.sin(), place.cos()], dim=1)
+    places = torch.cat([place.sin(), place.cos()], dim=1)
     context = torch.zeros(len(captions), TEXT_LENGTH, width)
     for row, caption in zip(context, captions):
         ids = tokenizer.encode(caption).ids[:TEXT_LENGTH]
-        row[:len(ids)] = table[ids] + position[:len(ids)]
+        row[:len(ids)] = table[ids] + places[:len(ids)]
     return context
 
 
@@ -223,6 +253,7 @@ def make_dit(out, args):
     pictures, captions = bank(out)
     vae = WanVAE.from_pretrained(out / "vae")
     tokenizer = Tokenizer.from_file(str(out / "mllm" / "tokenizer.json"))
+    table = word_table(Qwen2_5_VL.from_pretrained(out / "mllm"))
     if not (out / "latents.pt").exists():
         save({name: latents_of(vae, value) for name, value in pictures.items()}, out / "latents.pt")
     latents = {name: value.clone() for name, value in torch.load(out / "latents.pt", weights_only=True).items()}
@@ -235,12 +266,11 @@ def make_dit(out, args):
         name, count = ("clip", 12) if step % 3 == 2 else ("image", 36)
         chosen = rng.integers(len(latents[name]), size=count)
         x = latents[name][torch.from_numpy(chosen)]
-        context = caption_context(tokenizer, [captions[name][i] for i in chosen], DIT["text_dim"])
+        context = caption_context(tokenizer, table, [captions[name][i] for i in chosen])
         sigma = sampler.draw_sigma(count)
         noise = torch.randn_like(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            velocity = dit(sampler.add_noise(x, noise, sigma), 1000 * sigma, context)
-        loss = F.mse_loss(velocity.float(), sampler.target(x, noise))
+        velocity = dit(sampler.add_noise(x, noise, sigma), 1000 * sigma, context)
+        loss = F.mse_loss(velocity, sampler.target(x, noise))
         return loss, {name: loss}
 
     fit("dit", out, dit, loss_of, args.dit_steps, lr=1e-3)

@@ -21,6 +21,7 @@ Success means that all of these hold (mean absolute errors, pixels in [0, 1], ov
 T frames, H W pixels; positions and radii are fractions of the frame's side, y pointing down.
 
     python weights/shapes/world.py make data/train --count 20000 --video-share 0.3 --seed 0
+    python weights/shapes/world.py edit data/heldout results
     python weights/shapes/world.py score data/heldout results --json scores.json
     python weights/shapes/world.py show sheet.png --seed 0
 """
@@ -692,10 +693,26 @@ def round_trip(vae, frames):
 
 
 def load_vae(folder):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # vae.py stands at the top of the repository
     from vae import WanVAE
 
     return WanVAE.from_pretrained(folder)
+
+
+def edit(data, results, weights):
+    """Edits every case of a dataset into `results`, named by its id, with the settings of the weights' own config.
+
+    A case that has a result already is left as it is, so that a long run can be cut off and goes on.
+    """
+    from connector import InstructX
+
+    model, data, results = InstructX.from_pretrained(weights), Path(data), Path(results)
+    results.mkdir(parents=True, exist_ok=True)
+    for line in tqdm([json.loads(line) for line in open(data / "data.jsonl")], "edited"):
+        if find_result(results, line["id"]) is None:
+            references = [read_frames(data / path)[0] for path in line["references"]]
+            frames = model.edit(read_frames(data / line["source"]), line["instruction"], references)
+            written = Path(write_frames(frames, results / f"partial-{line['id']}", clip=line["video"]))
+            os.replace(written, results / written.name.removeprefix("partial-"))
 
 
 def find_result(results, name):
@@ -847,6 +864,10 @@ def parse():
         command.add_argument("--seed", type=int, default=0, help="another seed gives other cases")
         command.add_argument("--split", choices=("train", "heldout"), default="train",
                              help="heldout: every case has a combination that train never has")
+    command = add("edit", "edit every case of a dataset with a model")
+    command.add_argument("data", type=Path, help="folder that make wrote")
+    command.add_argument("results", type=Path, help="folder to write to, one result per case; those there are kept")
+    command.add_argument("--weights", type=Path, default=Path(__file__).parent, help="weights folder of an InstructX")
     command = add("score", "judge the results for a dataset")
     command.add_argument("data", type=Path, help="folder that make wrote")
     command.add_argument("results", type=Path, nargs="?", help="folder with 000000.png, 000001.mp4, 000002/ ...")
@@ -856,12 +877,15 @@ def parse():
 
 
 def main():
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the models stand at the top of the repository
     parser, args = parse()
     try:
         if args.command == "make":
             make(args.out, args.count, args.video_share, args.seed, args.split, args.size, args.frames)
         elif args.command == "show":
             show(args.out, args.seed, args.video, args.split)
+        elif args.command == "edit":
+            edit(args.data, args.results, args.weights)
         else:
             scores = score(args.data, args.results, load_vae(args.vae) if args.vae else None)
             print(table(scores))
