@@ -9,7 +9,8 @@
     2       these, the DiT and the source embedding  images and clips  noisy latents + source latents, reference latents
     3       as stage 2                               a clean subset    as stage 2
 
-Data are JSON lines with `source`, `target`, `instruction` and, if any, `references`; paths are relative to the file.
+Data are JSON lines with `source`, `target`, `instruction` and, if any, `references`; paths are relative to the file. CSV files with
+the columns of the open neighbors are read too: src_video, tgt_video, prompt, ref_image.
 
 What is unusual: which samples a step sees, their noise, σ and dropped instructions are functions of (seed, step) alone. So there
 is no loader state to save, reading ahead cannot change anything, and a run that was killed goes on with the very same numbers.
@@ -20,6 +21,7 @@ stands in one place below; frozen weights are kept in `--precision`. Letters as 
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import json
@@ -31,7 +33,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +43,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from connector import InstructX, InstructXConfig, locate
+from dit import WanDiT
+from dit import read_config as dit_config
 from edit import ANIMATED_FORMATS, IMAGE_FORMATS, IMAGE_OPTIONS, MediaError, Parser, decode, list_frames, number, read_frames
-from mllm import lora_layers, merge_lora
+from mllm import Processor, Qwen2_5_VL, lora_layers, merge_lora
+from mllm import read_config as mllm_config
 from sampler import FlowSampler
+from vae import WanVAE
+from vae import read_config as vae_config
 
 PAPER_STEPS = {1: 20000, 2: 20000, 3: 5000}
 SIGMA_BINS = 4
@@ -59,7 +66,7 @@ def settings(arguments=None):
         parser.add_argument(name, default=default, type=type, help=f"{text} (default: {shown or default})", **more)
 
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSON lines files")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSON lines or CSV files")
     parser.add_argument("--weights", type=Path, required=True, help="weights folder with mllm/, dit/, vae/")
     parser.add_argument("--out", type=Path, required=True, help="checkpoints, metrics, curves and the result, instructx/")
     add("--start", None, "instructx/ folder of the stage before", Path, shown="the one in --weights, else fresh queries")
@@ -73,7 +80,7 @@ def settings(arguments=None):
     add("--lr", 1e-5, "learning rate; paper: 1e-5", positive)
     add("--warmup", 500, "steps until the learning rate is reached", number(int, 0, 10**9))
     add("--schedule", "constant", "of the learning rate after that; linear and cosine end at 0", choices=("constant", "linear", "cosine"))
-    add("--weight-decay", 0.01, "of matrices; queries, norms, biases and modulation have none", positive)
+    add("--weight-decay", 0.01, "of matrices; queries, word embeddings, norms, biases and modulation have none", positive)
     add("--clip", 1.0, "largest norm of the gradient", positive)
     add("--drop", 0.1, "probability of an empty instruction, for guidance", share)
     add("--sigma", "logit-normal", "how σ is drawn, before it is shifted", choices=("logit-normal", "uniform"))
@@ -85,6 +92,7 @@ def settings(arguments=None):
     add("--cache", None, "folder for VAE latents, each computed once, and for the sizes of the data", Path, shown="none")
     add("--save-every", 500, "steps between checkpoints", count)
     add("--keep", 2, "checkpoints to keep", count)
+    parser.add_argument("--check-data", action="store_true", help="only read every file of the data once, and list what is broken and why")
     add("--seed", 0, "of data order, noise, σ and dropped instructions", number(int, 0, 2**62))
     add("--workers", 2, "threads that read ahead", count)
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train")
@@ -123,8 +131,6 @@ def media_shape(path):
         if not files:
             raise MediaError(f"{path} is a folder without images")
         return len(files), *media_shape(files[0])[1:]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             frames = image.n_frames if image.format in ANIMATED_FORMATS else 1
@@ -147,6 +153,8 @@ class Index:
         self.file, self.known, self.new = file, json.loads(file.read_text()) if file.exists() else {}, 0
 
     def __call__(self, path):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         found = self.known.get(str(path))
@@ -174,12 +182,28 @@ class Pair:
     instruction: str
 
 
+# The columns of the CSV files of open trainers of video editors.
+COLUMNS = {"source": "src_video", "target": "tgt_video", "instruction": "prompt", "references": "ref_image"}
+
+
+def read_rows(file):
+    """Yields (line, text of a JSON line, or dict of a CSV row) of a data file."""
+    if file.suffix.lower() != ".csv":
+        yield from enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        return
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        for row in reader:
+            row = {name: row.get(column) or row.get(name) for name, column in COLUMNS.items()}
+            yield reader.line_num, row | {"references": [row["references"]] if row["references"] else []}
+
+
 def read_lines(file):
     """Yields a Pair, or the ValueError that says what is wrong with it, for each line of a data file."""
-    for line, text in enumerate(Path(file).read_text().splitlines(), 1):
+    for line, row in read_rows(file):
         where = f"{file}:{line}"
         try:
-            row, folder = json.loads(text), Path(file).parent
+            row, folder = json.loads(row) if isinstance(row, str) else row, file.parent
             source, target, *references = (folder / path for path in (row["source"], row["target"], *(row.get("references") or [])))
             if not isinstance(row["instruction"], str):
                 raise TypeError("the instruction is no text")
@@ -212,9 +236,10 @@ class Pairs:
             if shape and (args.stage > 1 or shape[0][0] == 1):
                 bucket = shape if args.stage > 1 else shape[:1]         # in stage 1 the DiT sees no references
                 self.buckets[shape[0][0] > 1].setdefault(bucket, []).append(i)
-        if not any(self.buckets.values()):
-            why = next(iter(self.broken.values()), "stage 1 takes images, and all of it are clips")
-            raise ValueError(f"no usable pair in {', '.join(map(str, args.data))}: {why}")
+
+    def summary(self):
+        images, clips = (sum(map(len, self.buckets[video].values())) for video in (False, True))
+        return f"{images} images and {clips} clips in {sum(map(len, self.buckets.values()))} buckets; {len(self.broken)} pairs are broken"
 
     def try_shape(self, pair):
         try:
@@ -284,6 +309,36 @@ def read(path, shape):
     if len(media.frames) < length:
         raise ValueError(f"{path} has {len(media.frames)} frames that can be read, and {length} by its header")
     return media.frames[:length], float(media.fps or 16)
+
+
+def outline(args):
+    """The InstructX that `args` name on the meta device: everything about it but its weights, which are not read."""
+    place = locate(args.weights, args.start)
+    file = lambda name: (place[name] if place[name].is_dir() else place[name].parent) / "config.json"
+    with torch.device("meta"):
+        mllm, dit, vae = Qwen2_5_VL(mllm_config(file("mllm"))), WanDiT(dit_config(file("dit"))), WanVAE(vae_config(file("vae")))
+    config = asdict(InstructXConfig.from_file(file("instructx"))) if "instructx" in place else {}
+    return InstructX.untrained(mllm, Processor.from_pretrained(place["mllm"]), dit, vae, **config | args.config)
+
+
+def check_data(args):
+    """Reads every file of the data, and prints which pairs are broken and why. Returns whether all are whole."""
+    model = outline(args)
+    pairs = Pairs(args, model.multiple(), model.vae.temporal_stride)
+
+    def examine(pair, shape):
+        try:
+            if shape:
+                read(pair.target, shape[0])
+                model.prompt(read(pair.source, shape[0])[0], pair.instruction, [read(*rest)[0][0] for rest in zip(pair.references, shape[1:])])
+        except Exception as error:
+            pairs.broken[pair.where] = f"{pair.where}: {error}"
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        for _ in tqdm(pool.map(examine, pairs.pairs, pairs.shapes), desc="pairs", total=len(pairs.pairs), disable=None, leave=False):
+            pass
+    print("\n".join([*sorted(pairs.broken.values()), pairs.summary()]))
+    return not pairs.broken
 
 
 @dataclass
@@ -374,7 +429,7 @@ def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change
     z, source and noise (B, 16, F, h, w), references [(B, 16, 1, h', w')], sigma (B,), context (B, Q, C).
     """
     velocity = dit(sampler.add_noise(z, noise, sigma), 1000 * sigma, context, source=source, references=references)
-    error = (velocity.float() - sampler.target(z, noise)).square()                                  # (B, 16, F, h, w)
+    error = (velocity - sampler.target(z, noise)).square()                                  # (B, 16, F, h, w)
     if change_weight:
         # An edit changes little of the picture, and all the rest is learnt first; weights have mean 1 over each sample.
         change = (z - source).square().mean(dim=1, keepdim=True)                                    # (B, 1, F, h, w)
@@ -410,11 +465,15 @@ class Trainer:
         self.export = {name: place[name].parent == place.get("instructx") for name in ("mllm", "dit")}
         self.export = {"mllm": self.export["mllm"] or args.train_all, "dit": self.export["dit"] or args.stage > 1}
         self.parameters = trainable(self.model, args.stage, args.train_all)
-        plain = [name for name, p in self.parameters.items() if p.ndim < 2 or "queries" in name or "modulation" in name]
+        # Decay would wear down the embeddings of words that are not seen, and draw queries, norms, biases and modulation to zero.
+        plain = [name for name, p in self.parameters.items() if p.ndim < 2 or any(x in name for x in ("queries", "modulation", "embed_tokens"))]
         groups = [{"params": [p for name, p in self.parameters.items() if name not in plain], "weight_decay": args.weight_decay},
                   {"params": [self.parameters[name] for name in plain], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
         self.pairs = Pairs(args, self.model.multiple(), self.model.vae.temporal_stride)
+        if not any(self.pairs.buckets.values()):
+            why = next(iter(self.pairs.broken.values()), "these are clips, and stage 1 takes images")
+            raise ValueError(f"no usable pair in {', '.join(map(str, args.data))}: {why}")
         self.latents = Latents(self.model.vae, args.cache)
         self.step, self.unusable = 0, 0
 
@@ -514,7 +573,7 @@ class Trainer:
         names = ", ".join(sample.where for samples in batches for sample in samples) or next(iter(self.pairs.broken.values()), "no data")
         what = f"loss {figures['loss']}, gradient {figures['gradient']}" if figures["samples"] else "no sample could be read"
         if self.unusable >= PATIENCE:
-            raise Stop(f"{PATIENCE} steps in a row were unusable; the last, {figures['step']}: {what}; its batch: {names}")
+            raise Stop(f"{PATIENCE} steps in a row were unusable; the last is step {figures["step"]}: {what}; its batch: {names}")
         tqdm.write(f"train.py: step {figures['step']} skipped: {what}; its batch: {names}", file=sys.stderr)
 
     def save(self):
@@ -654,19 +713,21 @@ def panel(draw, corner, title, curves, width=600, height=400, points=150):
         draw.text((right, top + 4 + 16 * i), name, COLORS[i], anchor="rt", font_size=13)
 
 
-def main():
+def main(arguments=None):
     try:
-        args = settings()
+        args = settings(arguments)
         args.out.mkdir(parents=True, exist_ok=True)
+        if args.check_data:
+            return 0 if check_data(args) else 1
         trainer = Trainer(args)
         for problem in list(trainer.pairs.broken.values())[:10]:
             print(f"train.py: left out: {problem}", file=sys.stderr)
-        counts = {name: sum(map(len, trainer.pairs.buckets[video].values())) for name, video in (("images", False), ("clips", True))}
-        print(f"train.py: {counts['images']} images and {counts['clips']} clips in {sum(map(len, trainer.pairs.buckets.values()))} buckets, "
-              f"{len(trainer.pairs.broken)} broken; {sum(p.numel() for p in trainer.parameters.values()) / 1e6:.2f} M weights train", file=sys.stderr)
+        weights = sum(p.numel() for p in trainer.parameters.values())
+        print(f"train.py: {trainer.pairs.summary()}; {weights / 1e6:.2f} M weights train", file=sys.stderr)
         trainer.resume()
         trainer.run()
         print(trainer.finish())
+        return 0
     except (ValueError, OSError, Stop) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """connector.py: the seams between the four models, on tiny random weights."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import connector
 from connector import InstructX, InstructXConfig, locate, pad, shrink, spread
-from mllm import Qwen2_5_VL
+from mllm import Qwen2_5_VL, merge_lora
 from sampler import FlowSampler
 
 
@@ -266,6 +267,27 @@ def test_trained_dit_replaces_the_released_one(copy):
         trained.dit.patch_embedding.bias.add_(1)
     trained.save_pretrained(copy / "instructx", dit=True)
     assert np.array_equal(InstructX.from_pretrained(copy).edit(IMAGE, "x"), trained.edit(IMAGE, "x"))
+
+
+def test_trained_folder_from_elsewhere(copy, tmp_path):
+    """Training starts from the folder of the stage before: its own DiT and MLLM must come with it, whatever lies in `folder`."""
+    trained = InstructX.from_pretrained(copy)
+    merge_lora(trained.mllm)
+    trained.config.lora_rank = 0
+    with torch.no_grad():
+        trained.dit.patch_embedding.bias.add_(1)
+        trained.mllm.model.norm.weight.mul_(2)
+    trained.save_pretrained(tmp_path / "stage2", dit=True, mllm=True)
+    again = InstructX.from_pretrained(copy, instructx=tmp_path / "stage2", guidance=3.0)
+    assert again.config == dataclasses.replace(trained.config, guidance=3.0)
+    assert np.array_equal(again.edit(CLIP, "x", guidance=2), trained.edit(CLIP, "x", guidance=2))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        InstructX.from_pretrained(copy, instructx=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="image_queries"):
+        InstructX.from_pretrained(copy, image_queries=9)
+    shutil.rmtree(copy / "instructx")
+    fresh = InstructX.from_pretrained(copy, image_queries=9, lora_rank=1)
+    assert fresh.connector.image_queries.shape == (9, 64) and fresh.config.lora_rank == 1
 
 
 def test_connector_that_writes_the_width_of_the_dit(tiny_weights, tmp_path):

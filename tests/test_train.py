@@ -1,0 +1,631 @@
+"""train.py on tiny random weights: what moves and what does not, the order of the data, killing and resuming, bad data."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from connector import InstructX
+from sampler import FlowSampler
+
+FRESH = ["--config", "image_queries=4", "video_queries=6", "mllm_frames=3", "lora_rank=2", "lora_alpha=4", "steps=2", "guidance=2"]
+
+
+# ---------- helpers
+
+
+def draw(path, frames, rng, size=(16, 16)):
+    """Random pixels: an image, or with `frames` a clip as a folder. Returns its name."""
+    save = lambda file: Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(file)
+    if not frames:
+        save(path.with_suffix(".png"))
+        return path.with_suffix(".png").name
+    path.mkdir()
+    for i in range(frames):
+        save(path / f"{i}.png")
+    return path.name
+
+
+def write_data(folder, images=6, clips=3, references=2, seed=0):
+    """A data file of small pairs; the first few images have a reference. Returns it."""
+    rng, rows = np.random.default_rng(seed), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(images + clips):
+        frames = 5 if i >= images else 0
+        row = {"source": draw(folder / f"{i}s", frames, rng), "target": draw(folder / f"{i}t", frames, rng), "instruction": f"edit {i} " * (i + 1)}
+        rows.append(row | ({"references": [draw(folder / f"{i}r", 0, rng)]} if i < references else {}))
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "data.jsonl"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_weights, tmp_path_factory):
+    """The released models alone, as training finds them."""
+    folder = tmp_path_factory.mktemp("base")
+    for name in ("mllm", "dit", "vae"):
+        (folder / name).symlink_to(tiny_weights / name)
+    return folder
+
+
+@pytest.fixture
+def arguments(base, data, tmp_path):
+    """A command line for a stage; further arguments take precedence."""
+    def make(stage, *more, out=tmp_path / "out"):
+        return [*map(str, ("--stage", stage, "--data", data, "--weights", base, "--out", out)), "--device", "cpu", "--image-batch", "4",
+                "--video-batch", "2", "--micro-batch", "2", "--lr", "1e-2", "--warmup", "2", "--seed", "3", *FRESH, *map(str, more)]
+    return make
+
+
+@pytest.fixture
+def trainer(arguments):
+    def make(stage, *more, out=None):
+        args = train.settings(arguments(stage, *more, **({"out": out} if out else {})))
+        args.out.mkdir(exist_ok=True)
+        return train.Trainer(args)
+    return make
+
+
+def steps(trainer, count):
+    """Runs `count` steps, and returns the figures of each."""
+    figures = []
+    for _ in range(count):
+        figures.append(trainer.update(*trainer.load(trainer.step)))
+        trainer.step += 1
+    return figures
+
+
+def metrics(out):
+    """The lines of metrics.jsonl without what is measured by the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "waited", "samples_per_second", "memory")} for row in rows]
+
+
+def close(a, b, tolerance=2e-5):
+    return float((a.double() - b.double()).norm()) <= tolerance * float(b.double().norm())
+
+
+# ---------- what trains
+
+
+@pytest.mark.parametrize("stage, more, moving", [
+    (1, [], ("connector.", "lora_")), (2, [], ("connector.", "lora_", "dit.")), (3, [], ("connector.", "lora_", "dit.")),
+    (1, ["--train-all"], ("connector.", "mllm.model.")), (2, ["--train-all"], ("connector.", "mllm.model.", "dit."))])
+def test_what_trains_and_what_is_frozen(trainer, stage, more, moving):
+    """A frozen tower that drifts, or a trained part that an optimizer does not know, spoils a run without a sign."""
+    made = trainer(stage, "--video-share", 0.5, *more)
+    state = lambda: {name: p.detach().clone() for name, p in [*made.model.named_parameters(), *made.model.named_buffers()]}
+    before = state()
+    steps(made, 4)
+    after = state()
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {name for name in before if any(part in name for part in moving)}
+    if stage == 1:
+        expected.remove("connector.video_queries")      # images alone
+    assert moved == expected, moved ^ expected
+    assert ("dit.source_embedding.weight" in moved) == (stage > 1) and not any(name.startswith(("vae.", "mllm.visual.")) for name in moved)
+    if "--train-all" in more:
+        words = "mllm.model.embed_tokens.weight"
+        moved = (before[words] != after[words]).any(dim=1)
+        assert moved.any() and not moved.all()          # words that were not seen keep their meaning
+
+
+def test_the_dit_sees_source_and_references_from_stage_2_on(trainer, monkeypatch):
+    """The paper brings source latents in with stage 2; forgetting them there would still train."""
+    for stage in (1, 2):
+        made, seen = trainer(stage, "--video-share", 0.5), []
+        forward = made.model.dit.forward
+        monkeypatch.setattr(made.model.dit, "forward", lambda z, t, context, source, references:
+                            seen.append((z.shape[2], source, len(references))) or forward(z, t, context, source, references))
+        steps(made, 4)
+        if stage == 1:
+            assert all(frames == 1 and source is None and count == 0 for frames, source, count in seen)
+        else:
+            assert {frames for frames, _, _ in seen} == {1, 2} and {count for _, _, count in seen} == {0, 1}
+            assert all(source is not None for _, source, _ in seen)
+
+
+# ---------- the loss
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_loss_and_gradient_are_the_formula(weight):
+    """x_σ, the direction of the velocity, t = 1000σ, and the mean: a sign wrong here trains to noise. In float64, by hand."""
+    random = torch.Generator().manual_seed(0)
+    z, source, noise = torch.randn(3, 2, 16, 2, 4, 6, generator=random, dtype=torch.float64)
+    sigma = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    a, b = torch.tensor([0.7, -0.3], dtype=torch.float64, requires_grad=True)
+    dit = lambda x, t, context, source, references: a * x + b * source * t.view(-1, 1, 1, 1, 1) / 1000 + context.mean()
+    context = torch.full((2, 1, 1), 0.1, dtype=torch.float64)
+    loss = train.flow_loss(dit, context, z, source, [], sigma, noise, FlowSampler(), weight)
+    gradient = torch.autograd.grad(loss.sum(), (a, b))
+    x, s, e = z.numpy(), source.numpy(), noise.numpy()
+    for i, level in enumerate(sigma.tolist()):
+        mixed = (1 - level) * x[i] + level * e[i]
+        residual = 0.7 * mixed - 0.3 * s[i] * level + 0.1 - (e[i] - x[i])
+        change = ((x[i] - s[i]) ** 2).mean(axis=0)
+        share = 1 + weight * change / change.max()
+        share = np.broadcast_to(share / share.mean(), residual.shape)
+        assert math.isclose(loss[i].item(), (share * residual ** 2).mean(), rel_tol=1e-12)
+        gradient = [g - torch.as_tensor(2 * (share * residual * part).mean()) for g, part in zip(gradient, (mixed, s[i] * level))]
+    assert all(abs(g.item()) < 1e-12 for g in gradient)
+
+
+def test_a_step_is_the_mean_over_its_samples(trainer):
+    """Chunks, padding of prompts, latents from the cache: none may change a gradient. Against one sample at a time, by hand."""
+    made = trainer(2, "--video-share", 0, "--cache", "cache", "--drop", 0.3, "--clip", 1e9)
+    steps(made, 1)                                      # from B = 0 half of the LoRA would have no gradient
+    video, batches = made.load(1)
+    assert [len(samples) for samples in batches] == [2, 2]
+    kept = made.optimizer.step
+    made.optimizer.step = lambda: None
+    made.optimizer.zero_grad, zero = lambda: None, made.optimizer.zero_grad
+    figures = made.update(video, batches)
+    gradients = {name: p.grad.clone() for name, p in made.parameters.items() if p.grad is not None}
+    made.optimizer.step, made.optimizer.zero_grad = kept, zero
+    zero()
+    losses = []
+    for sample in (sample for samples in batches for sample in samples):
+        random = torch.Generator().manual_seed(sample.seed)
+        level = torch.randn(1, generator=random).sigmoid()
+        level = 3 * level / (1 + 2 * level)
+        x, source, *references = (made.latents([picture]) for picture in (sample.target, sample.source, *sample.references))
+        noise = torch.randn(x.shape[1:], generator=random)[None]
+        context = made.model.context(sample.inputs, False)
+        velocity = made.model.dit((1 - level) * x + level * noise, 1000 * level, context, source, references)
+        losses.append((velocity - (noise - x)).square().mean())
+    torch.stack(losses).mean().backward()
+    assert math.isclose(figures["loss"], float(np.mean([loss.item() for loss in losses])), rel_tol=2e-5)
+    assert gradients.keys() == {name for name, p in made.parameters.items() if p.grad is not None}
+    for name, gradient in gradients.items():
+        assert close(gradient, made.parameters[name].grad, 5e-5), name
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    assert math.isclose(figures["gradient"], norm.item(), rel_tol=1e-4)
+
+
+def test_the_optimizer_is_adamw_by_hand(trainer):
+    """Clipping before the moments, decay on matrices alone, warm-up from the first step: in float64, from the gradients themselves."""
+    made = trainer(1, "--lr", 1e-2, "--warmup", 3, "--weight-decay", 0.1, "--clip", 0.5)
+    expected = {name: p.detach().double() for name, p in made.parameters.items()}
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p), [0]) for name, p in expected.items()}
+    gradients, clip = {}, torch.nn.utils.clip_grad_norm_
+
+    def capture(parameters, most):
+        gradients.update({name: p.grad.double().clone() for name, p in made.parameters.items() if p.grad is not None})
+        return clip(parameters, most)
+
+    torch.nn.utils.clip_grad_norm_ = capture
+    try:
+        for i in range(4):
+            gradients.clear()
+            figures, = steps(made, 1)
+            rate = 1e-2 * min(1, (i + 1) / 3)
+            assert math.isclose(figures["lr"], rate)
+            scale = min(1, 0.5 / (figures["gradient"] + 1e-6))
+            assert scale < 1
+            for name, g in gradients.items():
+                first, second, count = moments[name]
+                count[0] += 1
+                first.mul_(0.9).add_(0.1 * scale * g)
+                second.mul_(0.95).add_(0.05 * (scale * g) ** 2)
+                if g.ndim > 1 and "queries" not in name:
+                    expected[name] *= 1 - rate * 0.1
+                update = first / (1 - 0.9 ** count[0]) / ((second / (1 - 0.95 ** count[0])).sqrt() + 1e-8)
+                expected[name] -= rate * update
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+    for name, p in made.parameters.items():
+        assert close(p.detach(), expected[name]), name
+
+
+def test_learning_rates():
+    """The paper's is constant; the other two must end at 0, not before and not below."""
+    args = train.settings([*"--stage 1 --data x --weights x --out x --steps 100 --warmup 10 --lr 2".split()])
+    rates = {}
+    for args.schedule in ("constant", "linear", "cosine"):
+        rates[args.schedule] = [train.learning_rate(step, args) for step in range(100)]
+        assert np.allclose(rates[args.schedule][:10], np.arange(1, 11) * 0.2)
+    assert set(rates["constant"][10:]) == {2}
+    assert np.allclose(rates["linear"][10:], 2 * (1 - np.arange(1, 91) / 90))
+    assert np.allclose(rates["cosine"][10:], 1 + np.cos(np.pi * np.arange(1, 91) / 90))
+
+
+# ---------- the data
+
+
+def pairs_of(trainer_or_pairs, first, last):
+    """[(is_video, [pair numbers])] of some steps."""
+    plans = [trainer_or_pairs.plan(step) for step in range(first, last)]
+    return [(video, [number for chunk in chunks for number in chunk]) for video, chunks in plans]
+
+
+def test_share_of_clips_is_exact(trainer):
+    """0.6 of the steps, also over any short stretch, and none where there are no clips to take, or no images."""
+    pairs = trainer(2, "--video-share", 0.6).pairs
+    kinds = [pairs.is_video(step) for step in range(1000)]
+    assert sum(video for video, _ in kinds) == 600
+    assert all(sum(video for video, _ in kinds[i:i + 50]) in (29, 30, 31) for i in range(950))
+    seen = {False: 0, True: 0}
+    for video, before in kinds:
+        assert before == seen[video]
+        seen[video] += 1
+    assert not any(video for video, _ in pairs_of(trainer(1).pairs, 0, 50))
+    for kind, buckets in ((False, pairs.buckets[True]), (True, pairs.buckets[False])):
+        pairs.buckets[not kind], kept = {}, pairs.buckets[not kind]
+        assert {pairs.is_video(step) for step in range(9)} == {(kind, step) for step in range(9)}
+        pairs.buckets[not kind] = kept
+
+
+def test_an_epoch_visits_every_pair(trainer, base, tmp_path):
+    """Drawing with replacement would leave a third of a small set unseen for an epoch. Order: by seed and step, nothing else."""
+    data = write_data(tmp_path / "data", images=16, clips=6, references=4)
+    made = lambda seed: trainer(2, "--data", data, "--seed", seed, "--video-share", 0.5).pairs
+    pairs = made(1)
+    plans = pairs_of(pairs, 0, 24)                      # 12 steps of 4 images, 12 of 2 clips
+    for video, size, first, epoch in ((False, 4, 0, 4), (True, 2, 16, 3)):
+        visits = [numbers for kind, numbers in plans if kind == video]
+        assert len(visits) == 12 and all(len(numbers) == size for numbers in visits)
+        epochs = [sum(visits[start:start + epoch], []) for start in range(0, 12, epoch)]
+        assert all(sorted(numbers) == list(range(first, first + len(numbers))) and len(numbers) == epoch * size for numbers in epochs)
+        assert len({tuple(numbers) for numbers in epochs}) == len(epochs)
+    assert pairs_of(made(1), 7, 19) == plans[7:19] != pairs_of(made(2), 7, 19)
+
+
+def test_a_chunk_is_of_one_shape(trainer, tmp_path):
+    """Else nothing could be stacked; and with a bucket for each odd size of picture a batch would never be larger than 1."""
+    rng, rows = np.random.default_rng(0), []
+    sizes = [(int(h), int(w)) for h, w in rng.integers(200, 900, (200, 2))]
+    for i, size in enumerate(sizes):
+        row = {"source": f"{i}.png", "target": f"{i}.png", "instruction": "x"}
+        Image.new("1", size[::-1]).save(tmp_path / f"{i}.png")
+        rows.append(row)
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = trainer(1, "--data", tmp_path / "data.jsonl", "--area", 256 * 256).pairs
+    assert not pairs.broken and len(pairs.buckets[False]) < 40
+    for (height, width), ((length, h, w),) in zip(sizes, pairs.shapes):
+        assert length == 1 and h % 16 == w % 16 == 0 and 0.85 < h * w / min(256 ** 2, height * width) < 1.15
+        assert abs(math.log(h / w * width / height)) < 0.13                 # stretched by an eighth at the most
+    assert pairs.working(64, 64, 256 ** 2) == (64, 64) and pairs.working(480, 832, 480 * 832) == (480, 832)
+    for chunk in pairs.epoch(False, 0):
+        assert len({pairs.shapes[number] for number in chunk}) == 1
+
+
+def test_clips_are_cut_to_what_the_vae_takes(trainer, tmp_path):
+    """4n + 1 frames, of the shorter of the two, at most --frames; the reference no larger than a frame of the source."""
+    rng, rows = np.random.default_rng(0), []
+    for i, (source, target) in enumerate([(9, 9), (12, 9), (9, 6), (30, 30)]):
+        rows.append({"source": draw(tmp_path / f"{i}s", source, rng), "target": draw(tmp_path / f"{i}t", target, rng), "instruction": "x",
+                     "references": [draw(tmp_path / f"{i}r", 0, rng, (64, 64))]})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = trainer(2, "--data", tmp_path / "data.jsonl", "--frames", 20)
+    assert [shape[0][0] for shape in made.pairs.shapes] == [9, 9, 5, 17]
+    assert {shape[1] for shape in made.pairs.shapes} == {(1, 16, 16)}
+    sample = made.sample(2, seed=0)
+    assert made.latents([sample.target]).shape == made.latents([sample.source]).shape == (1, 16, 2, 2, 2)
+
+
+def test_sizes_by_header_are_those_that_are_read(tmp_path):
+    """A photo that its EXIF turns, an animation, a clip, a folder: a wrong size would put it into a bucket that it does not fit."""
+    from edit import write_clip
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (7, 20, 36, 3), np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name in ("photo.jpg", "photo.png", "photo.webp"):
+        Image.fromarray(frames[0]).save(tmp_path / name, exif=turned)
+    Image.fromarray(frames[0]).save(tmp_path / "plain.png")
+    for name in ("clip.mp4", "clip.gif"):
+        write_clip(tmp_path / name, frames, 8)
+    draw(tmp_path / "folder", 3, rng)
+    index = train.Index(tmp_path / "sizes.json")
+    found = {path.name: index(path) for path in sorted(tmp_path.iterdir())}
+    assert found == {name: train.read_frames(tmp_path / name).frames.shape[:3] for name in found}
+    assert found["photo.jpg"] == (1, 36, 20) and found["clip.mp4"] == (7, 20, 36)
+    index.save()
+    again = train.Index(tmp_path / "sizes.json")
+    train_shape, train.media_shape = train.media_shape, None            # not read again
+    try:
+        assert {name: again(tmp_path / name) for name in found} == found
+    finally:
+        train.media_shape = train_shape
+    Image.fromarray(frames[0, :, :8]).save(tmp_path / "plain.png")
+    assert again(tmp_path / "plain.png") == (1, 20, 8)                  # unless it has changed
+
+
+def test_instructions_are_dropped(trainer):
+    """Guidance needs the empty instruction; dropped are words alone, never pictures, and by the seed of the sample."""
+    made = trainer(1, "--drop", 0.3)
+    text = lambda seed: made.model.processor.tokenizer.decode(made.sample(4, seed).inputs["input_ids"][0].tolist())
+    texts = {seed: text(seed) for seed in range(200)}
+    dropped = {seed for seed, words in texts.items() if "edit 4" not in words}
+    assert 35 < len(dropped) < 85                       # 60 expected, with a deviation of 6.5
+    assert {texts[seed] for seed in dropped} == {texts[min(dropped)]} and texts == {seed: text(seed) for seed in texts}
+    whole, empty = (made.sample(0, seed).inputs for seed in (min(set(texts) - dropped), min(dropped)))
+    assert torch.equal(whole["pixel_values"], empty["pixel_values"])
+    assert not any("edit 4" in text(seed) for seed in range(20) if setattr(made.args, "drop", 1.0) is None)
+    assert all("edit 4" in text(seed) for seed in range(20) if setattr(made.args, "drop", 0.0) is None)
+
+
+def test_latents_are_kept_by_content(trainer, tmp_path, monkeypatch):
+    """Latents of a file that was replaced, or of another VAE, would teach the wrong picture for the rest of the run."""
+    made = trainer(2, "--cache", tmp_path / "cache")
+    count, encode = [], made.model.vae.encode
+    monkeypatch.setattr(made.model.vae, "encode", lambda video: count.append(1) or encode(video))
+    path, clip = tmp_path / "a.png", tmp_path / "clip"
+    rng = np.random.default_rng(0)
+    draw(path, 0, rng), draw(clip, 5, rng)
+    get = lambda path, shape, latents=made.latents: latents([latents.look_up(path, shape)])
+    for path, shape in ((path, (1, 16, 16)), (clip, (5, 16, 16))):
+        count.clear()
+        first = get(path, shape)
+        shutil.copytree(path, tmp_path / "copy") if path.is_dir() else shutil.copy(path, tmp_path / "copy.png")
+        copy = tmp_path / ("copy" if path.is_dir() else "copy.png")
+        assert torch.equal(first, get(path, shape)) and torch.equal(first, get(copy, shape)) and len(count) == 1
+        draw((copy / "0.png") if path.is_dir() else copy, 0, rng)
+        assert not torch.equal(first, get(copy, shape)) and len(count) == 2
+        assert torch.equal(first, encode(torch.tensor(train.read(path, shape)[0]).permute(3, 0, 1, 2)[None] / 127.5 - 1))
+    get(clip, (1, 16, 16)), get(clip, (1, 32, 32))
+    assert len(count) == 4
+    with torch.no_grad():
+        made.model.vae.encoder.conv1.weight.mul_(1.01)
+    other = train.Latents(made.model.vae, tmp_path / "cache")
+    get(clip, (5, 16, 16), other)
+    assert len(count) == 5
+
+
+# ---------- data that is broken
+
+
+def break_everything(folder):
+    """A data file of whole pairs and one of every kind of broken one. Returns it, and {line: what must be said of it}."""
+    from edit import write_clip
+    file = write_data(folder, images=3, clips=1, references=1)
+    rows, rng = [json.loads(line) for line in file.read_text().splitlines()], np.random.default_rng(1)
+    good, clip = rows[1], rows[3]
+    whole = (folder / "0s.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty").mkdir()
+    draw(folder / "wide", 0, rng, (16, 32)), draw(folder / "short", 3, rng), draw(folder / "damaged", 5, rng)
+    (folder / "damaged" / "3.png").write_bytes(whole[:len(whole) // 2])
+    write_clip(folder / "a.mp4", rng.integers(0, 256, (9, 16, 16, 3), np.uint8), 8)
+    (folder / "cut.mp4").write_bytes((folder / "a.mp4").read_bytes()[:2000])
+    lines = [(good | {"source": "nowhere.png"}, "does not exist"), (good | {"target": "cut.png"}, "cut.png"),
+             (good | {"source": "text.png"}, "text.png"), (good | {"source": "empty"}, "folder without images"),
+             (good | {"target": "wide.png"}, "another aspect"), (good | {"target": clip["target"]}, "an image, the other a clip"),
+             (clip | {"source": "short", "target": "short"}, "5 or more"),
+             (clip | {"target": "damaged"}, "3.png"), (clip | {"source": "cut.mp4"}, "cut.mp4"),
+             (good | {"references": ["nowhere.png"]}, "does not exist"), (good | {"instruction": "<|image_pad|>"}, "special token"),
+             (good | {"instruction": 3}, "instruction"), ({"source": "0s.png", "instruction": "x"}, "target"),
+             ([], "not an edit"), ({**good, "references": 5}, "not an edit")]
+    text = file.read_text() + "".join(json.dumps(row) + "\n" for row, _ in lines) + "{\n"
+    file.write_text(text)
+    return file, {f"{file}:{i}": said for i, (_, said) in enumerate([*lines, (None, "not an edit")], len(rows) + 1)}
+
+
+def test_check_data_lists_every_kind_of_broken_pair(arguments, tmp_path, capsys):
+    """Found after hours on a rented GPU otherwise. Each is named by file and line, and no whole one is."""
+    file, said = break_everything(tmp_path / "data")
+    assert train.main(arguments(2, "--data", file, "--check-data")) == 1
+    *lines, summary = capsys.readouterr().out.splitlines()
+    found = {line.split(": ")[0]: line for line in lines}
+    assert found.keys() == said.keys() and not [(said[where], found[where]) for where in said if said[where] not in found[where]]
+    assert f"{len(said)} pairs are broken" in summary
+    file.write_text("\n".join(file.read_text().splitlines()[:4]))
+    assert train.main(arguments(2, "--data", file, "--check-data")) == 0
+    assert "3 images and 1 clips in 3 buckets; 0 pairs are broken" in capsys.readouterr().out
+
+
+def test_broken_pairs_are_left_out_of_training(arguments, trainer, tmp_path, capsys):
+    """One bad file of a million must not end a run, nor go unnoticed; the whole pairs train as if it were not there."""
+    file, said = break_everything(tmp_path / "data")
+    made = trainer(2, "--data", file, "--video-share", 0.5)
+    figures = steps(made, 16)
+    assert made.pairs.broken.keys() == said.keys() and figures[-1]["broken"] == len(said)
+    assert all(said[where] in problem for where, problem in made.pairs.broken.items())
+    assert {row["samples"] for row in figures} > {1} and all(row["used"] == (row["samples"] > 0) for row in figures)
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    assert train.main(arguments(1, "--data", tmp_path / "bad.jsonl")) == 2
+    assert "bad.jsonl:1: not an edit" in capsys.readouterr().err
+
+
+def test_csv_of_the_neighbors(trainer, data, tmp_path):
+    """Their columns, a byte order mark as spreadsheets write it, quoted commas, and rows without a reference."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    (tmp_path / "data.csv").write_text("\ufeffsrc_video,tgt_video,prompt,ref_image,more\n" + "".join(
+        f'{data.parent / row["source"]},{data.parent / row["target"]},"make it, {i}",'
+        f'{data.parent / row["references"][0] if "references" in row else ""},1\n' for i, row in enumerate(rows)), encoding="utf-8")
+    ours, theirs = (list(train.read_lines(file)) for file in (data, tmp_path / "data.csv"))
+    assert [(p.source, p.target, p.references) for p in ours] == [(p.source, p.target, p.references) for p in theirs]
+    assert theirs[3].instruction == "make it, 3" and theirs[3].where.endswith("data.csv:5")
+    (tmp_path / "data.csv").write_text("video,text\na,b\n")
+    assert "not an edit" in str(next(train.read_lines(tmp_path / "data.csv")))
+
+
+# ---------- going on after a kill
+
+
+def test_killed_runs_go_on_bit_for_bit(arguments, tmp_path):
+    """kill -9 at any moment, several times: losses, order and weights must be those of the run that nothing happened to."""
+    common = ["--steps", 24, "--save-every", 3, "--video-share", 0.5, "--schedule", "cosine", "--cache", tmp_path / "cache", "--drop", 0.5]
+    assert train.main(arguments(2, *common, out=tmp_path / "whole")) == 0
+    out = tmp_path / "killed"
+    log, inode = out / "metrics.jsonl", lambda: (out / "metrics.jsonl").stat().st_ino if (out / "metrics.jsonl").exists() else None
+    for moment in [*sorted(np.random.default_rng().choice(range(2, 22), 3, replace=False)), None]:
+        old = inode()
+        process = subprocess.Popen([sys.executable, train.__file__, *arguments(2, *common, out=out)], stderr=subprocess.PIPE, text=True)
+        while process.poll() is None:                   # the log is a new file once the run goes on
+            if moment is not None and inode() != old and len(log.read_bytes().splitlines()) > moment:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.002)
+        assert process.wait() == (0 if moment is None else -signal.SIGKILL), process.stderr.read()
+        process.stderr.close()
+    assert metrics(out) == metrics(tmp_path / "whole") and [row["step"] for row in metrics(out)] == list(range(24))
+    for name in ("checkpoints/step-0000024/state.safetensors", "instructx/model.safetensors", "instructx/dit/model.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert [path.name for path in train.checkpoints(out)] == ["step-0000021", "step-0000024"]
+
+
+def test_other_settings_do_not_go_on(arguments, capsys):
+    """A resumed run with another learning rate or data order would be neither the one nor the other."""
+    assert train.main(arguments(1, "--steps", 1)) == 0
+    assert train.main(arguments(1, "--steps", 2, "--lr", 1e-3)) == 2
+    assert "lr was 0.01 and is 0.001" in capsys.readouterr().err
+    assert train.main(arguments(1, "--steps", 2, "--keep", 1)) == 0
+    assert [row["step"] for row in metrics(train.settings(arguments(1)).out)] == [0, 1]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(arguments, trainer, monkeypatch, capsys):
+    """The run ends with a message; half a checkpoint must not be taken for one, and the next start goes on from the last."""
+    written, save_file = [], train.save_file
+
+    def full(tensors, file):
+        written.append(file)
+        if len(written) > 1:
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, file)
+
+    monkeypatch.setattr(train, "save_file", full)
+    assert train.main(arguments(1, "--steps", 6, "--save-every", 2)) == 2
+    said = capsys.readouterr().err
+    assert "step-0000004 could not be written" in said and "No space left" in said
+    out = train.settings(arguments(1)).out
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"] and not (out / "instructx").exists()
+    monkeypatch.setattr(train, "save_file", save_file)
+    (out / "checkpoints" / "step-0000009.partial").mkdir()              # as kill -9 leaves it
+    assert train.main(arguments(1, "--steps", 6, "--save-every", 2)) == 0
+    assert [row["step"] for row in metrics(out)] == list(range(6))
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
+
+
+# ---------- steps that cannot be used
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(trainer, monkeypatch, kind):
+    """One NaN in the weights, or in the optimizer's moments, and the run is lost."""
+    made, flow_loss = trainer(1), train.flow_loss
+    steps(made, 2)
+    state = lambda: [*made.parameters.values(), *(value for moments in made.optimizer.state.values() for value in moments.values())]
+    before = [tensor.clone() for tensor in state()]
+
+    def broken(*args):
+        loss = flow_loss(*args)
+        if kind == "loss":
+            return loss * math.nan
+        loss.register_hook(lambda gradient: gradient * math.inf)        # the loss looks well
+        return loss
+
+    monkeypatch.setattr(train, "flow_loss", broken)
+    figures, = steps(made, 1)
+    assert not figures["used"] and made.unusable == 1 and math.isfinite(figures["loss"]) == (kind == "gradient")
+    assert all(torch.equal(*both) for both in zip(before, state()))
+    monkeypatch.setattr(train, "flow_loss", flow_loss)
+    figures, = steps(made, 1)
+    assert figures["used"] and made.unusable == 0
+
+
+def test_ten_unusable_steps_in_a_row_end_the_run(arguments, monkeypatch, capsys):
+    """A run that diverged would else fill its hours with skipped steps."""
+    flow_loss, calls = train.flow_loss, []
+
+    def broken(*args):
+        calls.append(1)                                 # two chunks a step: steps 0 to 4 and from 6 on
+        return flow_loss(*args) * (1 if len(calls) in (11, 12) else math.nan)
+
+    monkeypatch.setattr(train, "flow_loss", broken)
+    assert train.main(arguments(1, "--steps", 100)) == 2
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert "10 steps in a row" in last and "step 15" in last and "data.jsonl:" in last
+    assert [line.split()[2] for line in lines if "skipped" in line] == [*"01234", "6", "7", *"89", *map(str, range(10, 15))]
+    assert len(metrics(train.settings(arguments(1)).out)) == 16         # NaN too is in the log
+
+
+# ---------- what comes out
+
+
+@pytest.mark.parametrize("stage, more", [(1, []), (2, []), (1, ["--train-all"]), (2, ["--train-all"])])
+def test_the_result_loads_and_goes_on(arguments, base, tmp_path, stage, more):
+    """What is exported must be what was trained, complete, and a start for the next stage: alone, or put into the weights folder."""
+    out = tmp_path / "first"
+    args = train.settings(arguments(stage, "--steps", 3, "--video-share", 0.5, *more, out=out))
+    out.mkdir()
+    trained = train.Trainer(args)
+    steps(trained, 3)
+    folder = trained.finish()
+    assert sorted(path.name for path in out.iterdir()) == ["instructx", "sizes.json"]
+    (tmp_path / "weights").mkdir()
+    for name in ("mllm", "dit", "vae"):
+        (tmp_path / "weights" / name).symlink_to(base / name)
+    (tmp_path / "weights" / "instructx").symlink_to(folder)
+    frames = np.random.default_rng(0).integers(0, 256, (5, 24, 40, 3), np.uint8)
+    expected = trained.model.edit(frames, "x")
+    for again in (InstructX.from_pretrained(base, instructx=folder), InstructX.from_pretrained(tmp_path / "weights")):
+        assert np.array_equal(again.edit(frames, "x"), expected)
+    assert not np.array_equal(InstructX.from_pretrained(base, image_queries=4, video_queries=6, lora_rank=2, steps=2).edit(frames, "x"), expected)
+    later = train.Trainer(train.settings([word for word in arguments(2, "--start", folder, *more, out=out) if "=" not in word and word != "--config"]))
+    for name, p in trained.parameters.items():
+        assert torch.equal(dict(later.model.named_parameters())[name], p), name
+    steps(later, 1)
+    assert train.main(arguments(3, "--start", folder, "--config", "guidance=3", "--steps", 1, *more, out=tmp_path / "second")) == 0
+    assert InstructX.from_pretrained(base, instructx=tmp_path / "second" / "instructx").config.guidance == 3
+
+
+def test_metrics_and_curves(arguments, tmp_path):
+    """What a trainer looks at: every step is a line, the picture is there after each checkpoint, also if a line was cut off."""
+    assert train.main(arguments(2, "--steps", 4, "--video-share", 0.5)) == 0
+    out = train.settings(arguments(1)).out
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["video"] for row in rows] == [False, True, False, True] and [row["samples"] for row in rows] == [4, 2, 4, 2]
+    assert all(row["seconds"] > row["waited"] >= 0 and row["memory"] > 0 and row["samples_per_second"] > 0 for row in rows)
+    known = [sum(value is not None for value in row["by_sigma"]) for row in rows]
+    assert all(0 < count <= 4 for count in known)
+    with Image.open(out / "curves.png") as image:
+        assert image.size == (1200, 800) and len(image.convert("RGB").getcolors(10**6)) > 20
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert len(train.Metrics(out, 3).rows) == 3 and len(metrics(out)) == 3
+
+
+def test_bad_arguments_are_one_line(arguments, data, tmp_path, capsys):
+    """Each is found before any work, said in one line, and ends with 2."""
+    for more, said in ((["--config", "image_querys=3"], "image_querys"), (["--config", "steps=many"], "'many'"),
+                       (["--change-weight", "1"], "--change-weight"), (["--data", tmp_path / "none.jsonl"], "none.jsonl"),
+                       (["--weights", tmp_path / "none"], "none"), (["--start", tmp_path], "config.json"), (["--lr", "-1"], "--lr"),
+                       (["--steps", "0"], "--steps")):
+        try:
+            code = train.main(arguments(1, *more))
+        except SystemExit as end:
+            code = end.code
+        *rest, last = capsys.readouterr().err.splitlines()
+        assert code == 2 and not rest and last.startswith("train.py: error: ") and said in last, last
+
+
+@pytest.mark.parametrize("frames", [0, 5])
+def test_one_pair_can_be_learnt(base, tmp_path, frames):
+    """If a single pair does not go to near zero, something on the way from the instruction to the velocity is cut."""
+    data = write_data(tmp_path / "data", images=0 if frames else 1, clips=1 if frames else 0, references=1)
+    out = tmp_path / "out"
+    assert train.main([*map(str, ("--stage", 2, "--data", data, "--weights", base, "--out", out, "--device", "cpu", "--steps", 300, "--drop", 0,
+                                  "--image-batch", 1, "--video-batch", 1, "--lr", 1e-2, "--warmup", 10, "--schedule", "cosine", *FRESH))]) == 0
+    losses = [row["loss"] for row in metrics(out)]
+    print(np.mean(losses[:10]), np.mean(losses[-50:]))
+    assert np.mean(losses[-50:]) < 0.02 * np.mean(losses[:10])
