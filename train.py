@@ -573,7 +573,7 @@ class Trainer:
         names = ", ".join(sample.where for samples in batches for sample in samples) or next(iter(self.pairs.broken.values()), "no data")
         what = f"loss {figures['loss']}, gradient {figures['gradient']}" if figures["samples"] else "no sample could be read"
         if self.unusable >= PATIENCE:
-            raise Stop(f"{PATIENCE} steps in a row were unusable; the last is step {figures["step"]}: {what}; its batch: {names}")
+            raise Stop(f"{PATIENCE} steps in a row were unusable; the last is step {figures['step']}: {what}; its batch: {names}")
         tqdm.write(f"train.py: step {figures['step']} skipped: {what}; its batch: {names}", file=sys.stderr)
 
     def save(self):
