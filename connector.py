@@ -376,12 +376,9 @@ def locate(folder, instructx=None):
     return place
 
 
-def main():
-    parser = argparse.ArgumentParser(description="What a weights folder holds, and the shapes of one edit.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", nargs="?", default=Path(__file__).parent / "weights" / "shapes", help="a weights folder")
-    args = parser.parse_args()
-    model = InstructX.from_pretrained(args.folder)
+def show(folder):
+    """Prints what is in a weights folder, and the shapes of an edit of an image and of a clip."""
+    model = InstructX.from_pretrained(folder)
     for name in ("mllm", "connector", "dit", "vae"):
         module = getattr(model, name)
         print(f"{name:10} {sum(p.numel() for p in module.parameters()) / 1e6:9.2f} M parameters   {next(module.parameters()).dtype}")
@@ -396,6 +393,18 @@ def main():
         print(f"velocity {tuple(model.dit(torch.randn_like(source), t, context, source=source).shape)}")
 
 
+def main():
+    parser = argparse.ArgumentParser(description="What a weights folder holds, and the shapes of one edit.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shapes = Path(__file__).resolve().parent / "weights" / "shapes"
+    parser.add_argument("folder", nargs="?", default=shapes, help="a weights folder")
+    args = parser.parse_args()
+    try:
+        with torch.inference_mode():
+            show(args.folder)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"connector.py: {error}\n")
+
+
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()
