@@ -594,7 +594,7 @@ class Trainer:
         except Exception as error:              # of a full disk, safetensors has an error type of its own
             shutil.rmtree(partial, ignore_errors=True)
             raise Stop(f"checkpoint {final} could not be written, the one before is whole ({error})") from None
-        for old in checkpoints(self.args.out)[:-self.args.keep]:
+        for old in [*checkpoints(self.args.out)[:-self.args.keep], *final.parent.glob("*.partial")]:
             shutil.rmtree(old)
 
     def resume(self):
