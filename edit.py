@@ -77,6 +77,7 @@ class Media:
     sound: bool = False
     delay: float = 0.0                  # seconds from the start of the file to the first frame
     colors: tuple = ()                  # matrix, primaries and transfer of a clip that says so, in ffmpeg's words
+    aspect: str | None = None           # width to height of a pixel of a clip, such as "5:4", where it is not 1:1
 
     @property
     def is_video(self):
@@ -110,6 +111,9 @@ def read_frames(path, limit=None, size=None, check=None):
             return read_picture(path, image, size)
     except UnidentifiedImageError:
         return read_clip(path, limit, size, check)
+    except Image.DecompressionBombError:
+        most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise MediaError(f"{path} has more than {most:.0f} million pixels; make it smaller before") from None
     except MediaError:
         raise
     except Exception as error:          # each of PIL's decoders fails in its own way
@@ -183,8 +187,10 @@ def read_clip(path, limit, size, check):
     fps, steady = frame_rate(stamps[:len(frames) + 1], tick, float(shown[1]) if shown else 25.0)
     found = re.search(rf"Video: [^,]+, \w+\((?:[^)]*, )?({'|'.join(MATRICES)})(?:/(\w+)/(\w+))?", header)
     colors = tuple(name or found[1] for name in found.groups()) if found else ()
+    pixel = re.search(r"Video: .*SAR (\d+:\d+) DAR", header)
+    aspect = pixel[1] if pixel and not size and pixel[1] != "1:1" else None
     return Media(path, np.stack(frames), fps, max(len(stamps), len(frames)), steady, sound="Audio: " in header,
-                 delay=max(0.0, float(stamps[0] * tick)), colors=colors)
+                 delay=max(0.0, float(stamps[0] * tick)), colors=colors, aspect=aspect)
 
 
 def ffmpeg(path, *options):
@@ -242,10 +248,14 @@ def decode(path, limit):
 # ---------- writing
 
 
+def unfinished(path):
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+
+
 @contextlib.contextmanager
 def whole(path):
     """A temporary path beside `path`, which takes its name when all went well and is removed otherwise."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    partial = unfinished(path)
     try:
         yield partial
         os.replace(partial, path)
@@ -303,6 +313,8 @@ def encoder(path, kind, frames, fps, source, sound):
             matrix, primaries, transfer = source.colors
             filters = (f"scale=flags={EXACT}:out_color_matrix={MATRICES[matrix]},format={layout},"
                        f"setparams=colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}")
+        if source.aspect:
+            filters += f",setsar={source.aspect.replace(':', '/')}"
     # bitexact leaves out version numbers and random ids: the same frames make the same file.
     return [get_ffmpeg_exe(), "-v", "error", "-y", *inputs, "-vf", filters, "-r", str(fps),
             "-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
@@ -457,21 +469,31 @@ def check_size(path, width, height):
 def check_arguments(args):
     """Raises ValueError for what no reading is needed to see: better now than after the work."""
     output, folder, known = args.output, args.output.parent, {**IMAGE_OPTIONS, **CLIP_OPTIONS}
+    outputs = [output, compared(output)] if args.compare else [output]
+    taken = next((path for path in outputs if path.is_dir()), None)
+    lost = next((path for path in outputs for given in (args.input, *args.ref)
+                 if path.exists() and given.exists() and path.samefile(given)), None)
     for wrong, problem in (
             (not args.instruction.strip(), "the instruction is empty; say what to do"),
             (args.input.is_dir(), f"{args.input} is a folder; name an image or a video"),
             (not args.weights.is_dir(), f"--weights {args.weights}: there is no such folder"),
             (output.suffix.lower() not in known, f"{output} has no known extension; known are {' '.join(known)}"),
             (not folder.is_dir(), f"there is no folder {folder} to write {output.name} to"),
-            (output.is_dir(), f"{output} is a folder; name a file"),
-            (output.exists() and args.input.exists() and output.samefile(args.input),
-             f"{output} is the input, which would be lost; name another file")):
+            (taken, f"{taken} is a folder; name a file"),
+            (lost, f"{lost} is an input, which would be lost; name another file")):
         if wrong:
             raise ValueError(problem)
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"the folder {folder} cannot be written to ({error.strerror})") from None
+    for path in outputs:
+        try:
+            unfinished(path).touch()
+            unfinished(path).unlink()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def compared(output):
+    """Where --compare writes."""
+    return output.with_stem(f"{output.stem}_compare")
 
 
 def read_inputs(args):
@@ -484,7 +506,9 @@ def read_inputs(args):
     for path, reference in zip(args.ref, references):
         if reference.is_video:
             raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
-    if source.total > len(source.frames):
+    if len(source.frames) < min(source.total, args.frames):
+        note(f"{args.input} has {source.total} frames, of which {len(source.frames)} can be decoded")
+    elif source.total > len(source.frames):
         note(f"{args.input} has {source.total} frames; the first {len(source.frames)} are edited (see --frames)")
     if not source.steady:
         note(f"{args.input} has a varying frame rate; written at its average of {float(source.fps):.2f} per second")
@@ -526,7 +550,7 @@ def edit(args):
     outputs = {args.output: result}
     if args.compare:
         beside = np.concatenate([source.frames, result], axis=2)
-        outputs[args.output.with_stem(f"{args.output.stem}_compare")] = beside
+        outputs[compared(args.output)] = beside
     for path, frames in outputs.items():
         phases("write", 0, len(frames))
         if source.is_video:

@@ -138,12 +138,13 @@ def test_references_and_options_reach_the_model(tiny_weights, photo, tmp_path, c
     Image.fromarray(noise(24, 40, 3)).save(tmp_path / "a.png")
     Image.fromarray(noise(33, 17, 3, seed=1)).save(tmp_path / "b.png")
     one, two = ("--ref", tmp_path / "a.png"), ("--ref", tmp_path / "a.png", "--ref", tmp_path / "b.png")
-    variants = [(), one, two, ("--seed", 1), ("--guidance", 1), ("--shift", 9), ("--steps", 3), ("--solver", "euler"),
+    variants = [(), one, two, ("--seed", 1), ("--guidance", 1), ("--shift", 9), ("--steps", 4), ("--solver", "euler"),
                 ("--dtype", "bfloat16"), ("--size", "48x40")]
     files = set()
     for extra in variants:
+        # Three steps: with two, both solvers are the same.
         code, _, err = run(capsys, photo, "add this", "-o", tmp_path / "out.png", "--weights", tiny_weights, "--steps",
-                           2, *extra)
+                           3, *extra)
         assert code == 0, err
         files.add((tmp_path / "out.png").read_bytes())
     assert len(files) == len(variants)
@@ -331,6 +332,25 @@ def test_clip_turned_by_its_metadata(negative, clip, tmp_path, capsys):
     assert result.shape == (10, 64, 48, 3) and np.abs(result.astype(int) - expected).mean() < 12
 
 
+def test_pixels_that_are_not_square(negative, clip, tmp_path, capsys):
+    """Clips from tape and disc are stored narrower than they are shown: without a word of it they stay narrow."""
+    ffmpeg("-i", clip, "-vf", "setsar=5/4", tmp_path / "wide.mp4")
+    for suffix in (".mp4", ".mkv", ".webm", ".mov"):
+        assert run(capsys, tmp_path / "wide.mp4", "x", "-o", tmp_path / f"out{suffix}", "--frames", 2)[0] == 0
+        assert read_frames(tmp_path / f"out{suffix}").aspect == "5:4"
+    assert read_frames(clip).aspect is None and read_frames(tmp_path / "wide.mp4", size=(32, 24)).aspect is None
+
+
+def test_frames_that_cannot_be_decoded(negative, tmp_path, capsys):
+    """Fewer frames than the file lists: --frames has nothing to do with it."""
+    for name, size in (("a", "64x64"), ("b", "96x64")):
+        source = ("-f", "lavfi", "-i", f"testsrc=size={size}:rate=25", "-t", "0.2")
+        ffmpeg(*source, "-c:v", "mpeg2video", tmp_path / f"{name}.ts")
+    (tmp_path / "ab.ts").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
+    code, _, err = run(capsys, tmp_path / "ab.ts", "x", "-o", tmp_path / "out.mp4")
+    assert code == 0 and "has 10 frames, of which 9 can be decoded" in err and "--frames" not in err
+
+
 def test_varying_frame_rate(negative, tmp_path, capsys):
     """Frames are neither doubled nor dropped; at the average rate the clip stays as long as its sound."""
     ffmpeg("-f", "lavfi", "-i", "testsrc=size=64x48:rate=30", "-t", 1, "-vf", "select='not(mod(n,3))+gt(n,15)'",
@@ -417,6 +437,15 @@ def cut_clip(container, *options):
     return write
 
 
+def clip_of(frames):
+    source = ("-f", "lavfi", "-i", "testsrc=size=64x48:rate=25")
+    return lambda path: ffmpeg(*source, "-frames:v", frames, "-f", "mp4", path)
+
+
+def huge(path):
+    Image.new("1", (30000, 30000)).save(path, "PNG")
+
+
 def sound_only(path):
     ffmpeg("-f", "lavfi", "-i", "sine=440", "-t", 0.2, "-f", "mp4", path)
 
@@ -431,6 +460,8 @@ BAD = {  # name: (input, arguments, what must be said)
     "missing input": (None, [], "does not exist"),
     "empty file": (lambda path: path.touch(), [], "neither an image nor a video"),
     "text": (text, [], "neither an image nor a video"),
+    "no frame in it": (clip_of(0), [], "neither an image nor a video"),
+    "900 million pixels": (huge, [], "more than 179 million pixels"),
     "playlist": (playlist, [], "neither an image nor a video"),
     "sound": (sound_only, [], "neither an image nor a video"),
     "folder": (lambda path: path.mkdir(), [], "is a folder"),
@@ -471,8 +502,9 @@ BAD = {  # name: (input, arguments, what must be said)
     "clip to an image's extension": (animation, ["-o", "out.jpg"], r"is a clip, which .jpg cannot hold; .mp4"),
     "output folder missing": (FINE, ["-o", "no/such/out.png"], "no folder"),
     "output is a folder": (FINE, ["-o", "taken.png"], "taken.png is a folder"),
-    "output folder read-only": (FINE, ["-o", "/proc/out.png"], "/proc cannot be written"),
-    "output is the input": (FINE, ["-o", "input.png"], "is the input"),
+    "output folder read-only": (FINE, ["-o", "/proc/out.png"], "/proc/out.png cannot be written"),
+    "output name too long": (FINE, ["-o", "a" * 250 + ".png"], "cannot be written.* too long"),
+    "output is the input": (FINE, ["-o", "input.png"], "input.png is an input"),
 }
 
 
@@ -492,6 +524,20 @@ def test_bad_input_is_one_clear_line(case, monkeypatch, tmp_path, capsys):
     assert code == 2 and not out
     assert err.startswith("edit.py: error: ") and err.count("\n") == 1 and re.search(said, err), err
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_no_input_is_lost(negative, tmp_path, capsys):
+    """A reference, or an input that is named as --compare names its file, must not be written over either."""
+    for name in ("a.png", "b.png", "b_compare.png"):
+        png(32, 32)(tmp_path / name)
+    (tmp_path / "c_compare.png").mkdir()
+    a, b, b_compare = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "b_compare.png"
+    for arguments, said in (((a, "x", "-o", b, "--ref", b), "b.png is an input"),
+                            ((b_compare, "x", "-o", b, "--compare"), "b_compare.png is an input"),
+                            ((a, "x", "-o", tmp_path / "c.png", "--compare"), "c_compare.png is a folder")):
+        code, out, err = run(capsys, *arguments)
+        assert code == 2 and not out and err.count("\n") == 1 and said in err
+    assert len(list(tmp_path.iterdir())) == 4 and {Image.open(path).size for path in (b, b_compare)} == {(32, 32)}
 
 
 def remove(name):
