@@ -1,15 +1,18 @@
 """Pretrains the base models of the shapes world: what the official Qwen2.5-VL and Wan2.1 are to the full-size InstructX.
 
-    python weights/shapes/pretrain.py tokenizer vae mllm dit --out runs/base
+    python weights/shapes/pretrain.py tokenizer vae decoder vision mllm dit --out runs/base
 
 Each name is one part, made in that order since each needs those before it; a part that is cut off goes on where it was.
     tokenizer  byte-level BPE over the sentences of the world, with Qwen's special tokens
     vae        the tiny WanVAE on images and clips: L1 + KL
+    decoder    the VAE's decoder on its own, encoder and latents fixed
+    vision     the vision tower of the MLLM learns to name what is in each cell: read from captions alone, colors and
+               shapes stay at chance for thousands of steps
     mllm       the tiny Qwen2.5-VL learns to see and to speak: captions, questions, and what a picture would show once an
                instruction were carried out, each a text to write. No pixel is edited here: editing is what train.py teaches
     dit        the tiny WanDiT learns to paint from captions: flow matching, in the place of Wan's text-to-video training
 
-Wan reads captions through T5. Here the MLLM's own word embeddings stand in for it, as they are: a table carries words and no
+Wan reads captions through T5. Here a frozen table of random word vectors stands in for it: it carries words and no
 understanding, so whatever meaning an edit needs has to come out of the MLLM, through queries and connector.
 """
 
@@ -17,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -35,13 +40,14 @@ from connector import SYSTEM_PROMPT
 from dit import WanDiT, WanDiTConfig
 from mllm import Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
 from sampler import FlowSampler
-from vae import AttentionBlock, CausalConv3d, ResidualBlock, VAEConfig, WanVAE
+from vae import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, Upsample, VAEConfig, WanVAE
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-VAE = dict(dim=16, z_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True))   # 4x in space, 4x in time
+VAE = dict(dim=16, z_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(False, True))   # 4x in space, 2x in time
 DIT = dict(dim=192, ffn_dim=768, num_heads=4, num_layers=6, text_dim=192)
 TEXT_LENGTH = 48        # captions are padded to this many tokens, with zeros, as Wan's are to 512
 IMAGES, CLIPS = 12000, 3000     # pictures rendered once and drawn from
+PAINTED = {"image": 8000, "clip": 1200}     # those of them that the DiT learns to paint
 
 
 def bank(out, seed=10**6):
@@ -128,7 +134,7 @@ def quick_start(vae):
     """Weights from which a VAE learns in minutes: PyTorch's own are a third as large, and every layer shrinks the signal.
 
     Every residual branch starts at zero and so does what a convolution makes of the past: at first there are only a few
-    linear layers between picture and picture, each frame by itself.
+    linear layers between picture and picture. Of two frames their mean is kept, and shown twice: right where nothing moves.
     """
     for module in vae.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
@@ -141,6 +147,14 @@ def quick_start(vae):
             torch.nn.init.zeros_(module.residual[6].weight)
         if isinstance(module, AttentionBlock):
             torch.nn.init.zeros_(module.proj.weight)
+        if isinstance(module, (Downsample, Upsample)) and module.time_conv is not None:
+            weight = module.time_conv.weight.data       # (out, in, 3, 1, 1)
+            same = torch.eye(weight.shape[1])[..., None, None]
+            weight.zero_()
+            if isinstance(module, Downsample):
+                weight[:, :, 1:] = 0.5 * same[:, :, None]
+            else:
+                weight[:, :, 2] = same.repeat(2, 1, 1, 1)
     vae.conv1.bias.data[vae.config.z_dim:] = -4     # log-variance: little noise until the means say something
 
 
@@ -186,27 +200,101 @@ def mllm_config(tokenizer):
 def conversation(case, rng):
     """(instruction, references, answer): one thing to say about a case. Half of all is what the edit would lead to."""
     kind = rng.random()
-    if kind < 0.55:
+    if kind < 0.5:
         return case.instruction, case.references, world.caption(case.target_scene)
-    if kind < 0.8 or case.source_scene.look:
+    if kind < 0.75 or case.source_scene.look:
         return "what is in the picture?", [], world.caption(case.source_scene)
     question, answer = world.pick(rng, world.questions(case.source_scene, rng))
     return question, [], answer
 
 
-def make_mllm(out, args):
+def make_decoder(out, args):
+    """More of the decoder alone: latents stay as they are, and no noise on them is left to be cautious about."""
+    pictures, _ = bank(out)
+    vae = WanVAE.from_pretrained(out / "vae").requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+
+    def loss_of(step, rng):
+        clip = step % 2
+        video = draw(pictures["clip"], rng, 2) if clip else draw(pictures["image"], rng, 8)
+        with torch.no_grad():
+            mean, _ = vae.moments(video, chunk=2)
+        error = vae.reconstruct(mean, chunk=2) - video
+        psnr = -10 * torch.log10(error.detach().square().mean() / 4)
+        return error.abs().mean() + error.square().mean(), {"clip" if clip else "image": psnr}
+
+    fit("decoder", out, vae, loss_of, args.decoder_steps, lr=1e-3)
+    vae.save_pretrained(out / "vae")
+
+
+def new_mllm(out):
     tokenizer = Tokenizer.from_file(str(out / "mllm" / "tokenizer.json"))
     torch.manual_seed(0)
     model = Qwen2_5_VL(mllm_config(tokenizer))
+    for name, weight in model.named_parameters():   # the family's N(0, 0.02) is made for ten times the width: here every
+        if weight.ndim == 2:                        # color would get the same embedding before any of them is understood
+            layers = len(model.model.layers) if ".o_proj" in name or ".down_proj" in name else 0.5
+            torch.nn.init.normal_(weight, std=(2 * layers * weight.shape[1]) ** -0.5)
     processor = Processor(tokenizer, patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=16 * 16, max_pixels=128 * 128)
+    return tokenizer, model, processor
+
+
+class Look(torch.nn.Module):
+    """The vision tower with a linear layer on all tokens of a picture at once, that says what is in each of the nine cells."""
+
+    kinds = (("small", "large"), tuple(world.COLORS), world.SHAPES)
+
+    def __init__(self, visual, tokens=16):
+        super().__init__()
+        self.visual = visual
+        self.read = torch.nn.Linear(tokens * visual.config.out_hidden_size, 9 * sum(len(words) + 1 for words in self.kinds))
+
+    def forward(self, patches, grids):
+        """-> logits of size, color and shape, each (B, 9, words + 1); the last word is "nothing"."""
+        seen = self.visual(patches, grids).unflatten(0, (len(grids), -1)).flatten(1)        # (B, tokens * D)
+        return self.read(seen).unflatten(1, (9, -1)).split([len(words) + 1 for words in self.kinds], dim=-1)
+
+    def labels(self, caption):
+        """A caption of an image -> (3, 9) numbers of the words for size, color and shape in each cell."""
+        labels = torch.tensor([[len(words)] * 9 for words in self.kinds])
+        for *words, place in re.findall(r"an? (\w+) (\w+) (\w+) at the ([a-z ]+?)(?=,)", caption):
+            labels[:, world.PLACES.index(place)] = torch.tensor([kind.index(word) for kind, word in zip(self.kinds, words)])
+        return labels
+
+
+def make_vision(out, args):
+    pictures, captions = bank(out)
+    _, model, processor = new_mllm(out)
+    look = Look(model.visual)
+
+    def loss_of(step, rng):
+        chosen = rng.integers(len(pictures["image"]), size=64)
+        cut = [processor.patches([Image.fromarray(pictures["image"][i, 0].numpy())]) for i in chosen]
+        labels = torch.stack([look.labels(captions["image"][i]) for i in chosen], dim=1)    # (3, B, 9)
+        patches, grids = zip(*cut)
+        logits = look(torch.cat(patches), grids)
+        there = labels[0] < 2                                                               # (B, 9)
+        names = ("size", "color", "shape")
+        right = {name: (logit.argmax(-1) == label)[there].float().mean() for name, logit, label in zip(names, logits, labels)}
+        return sum(F.cross_entropy(logit.flatten(0, 1), label.flatten()) for logit, label in zip(logits, labels)), right
+
+    fit("vision", out, look, loss_of, args.vision_steps, lr=1e-3)
+
+
+def make_mllm(out, args):
+    tokenizer, model, processor = new_mllm(out)
     processor.save_pretrained(out / "mllm")
+    seeing = torch.load(out / "vision.state.pt", weights_only=True)["model"]
+    model.visual.load_state_dict({name.removeprefix("visual."): value for name, value in seeing.items() if name.startswith("visual.")})
     print(f"mllm: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     end = tokenizer.token_to_id("<|im_end|>")
+    colors = torch.tensor([tokenizer.encode(f" {color}").ids[0] for color in world.COLORS])
 
     def loss_of(step, rng):
         rows, answers = [], []
         for i in range(8 if step % 4 == 3 else 32):
-            case = world.sample(10**8 + 64 * step + i, video=step % 4 == 3)
+            if i % 2 == 0:      # to paint a case takes as long as to learn from it, so two things are said about each
+                case = world.sample(10**8 + 64 * step + i, video=step % 4 == 3)
             instruction, references, answer = conversation(case, rng)
             shown = {"video": case.source, "fps": 16.0} if step % 4 == 3 else {"image": case.source[0]}
             rows.append(processor(instruction, references=references, system=SYSTEM_PROMPT, **shown))
@@ -219,22 +307,17 @@ def make_mllm(out, args):
         wanted = inputs["input_ids"][position]
         states = hidden[:, :-1][position[:, 1:]]
         logits = model.lm_head(states)
-        right = (logits.argmax(-1) == wanted).float().mean()
-        return F.cross_entropy(logits, wanted), {"clip_right" if step % 4 == 3 else "right": right}
+        right = (logits.argmax(-1) == wanted).float()
+        media = "clip " if step % 4 == 3 else ""
+        return F.cross_entropy(logits, wanted), {media + "right": right.mean(), media + "color": right[torch.isin(wanted, colors)].mean()}
 
     fit("mllm", out, model, loss_of, args.mllm_steps, lr=1e-3)
     model.save_pretrained(out / "mllm")
 
 
-def word_table(mllm):
-    """(vocabulary, D): the MLLM's word embeddings at unit variance, the frozen stand-in for T5."""
-    table = mllm.model.embed_tokens.weight.detach()
-    return (table - table.mean(dim=0)) / table.std()
-
-
-def caption_context(tokenizer, table, captions):
-    """What Wan reads of captions: (B, TEXT_LENGTH, D) word vectors plus sinusoidal places, zeros after the end."""
-    width = table.shape[1]
+def caption_context(tokenizer, captions, width):
+    """The stand-in for T5: (B, TEXT_LENGTH, width) random word vectors plus sinusoidal places, zeros after the end."""
+    table = torch.randn(tokenizer.get_vocab_size(), width, generator=torch.Generator().manual_seed(1))
     place = torch.arange(TEXT_LENGTH)[:, None] / 100 ** (torch.arange(0, width, 2) / width)
     places = torch.cat([place.sin(), place.cos()], dim=1)
     context = torch.zeros(len(captions), TEXT_LENGTH, width)
@@ -253,9 +336,8 @@ def make_dit(out, args):
     pictures, captions = bank(out)
     vae = WanVAE.from_pretrained(out / "vae")
     tokenizer = Tokenizer.from_file(str(out / "mllm" / "tokenizer.json"))
-    table = word_table(Qwen2_5_VL.from_pretrained(out / "mllm"))
     if not (out / "latents.pt").exists():
-        save({name: latents_of(vae, value) for name, value in pictures.items()}, out / "latents.pt")
+        save({name: latents_of(vae, value[:PAINTED[name]]) for name, value in pictures.items()}, out / "latents.pt")
     latents = {name: value.clone() for name, value in torch.load(out / "latents.pt", weights_only=True).items()}
     torch.manual_seed(0)
     dit = WanDiT(WanDiTConfig(**DIT))
@@ -263,10 +345,10 @@ def make_dit(out, args):
     sampler = FlowSampler(shift=3.0)
 
     def loss_of(step, rng):
-        name, count = ("clip", 12) if step % 3 == 2 else ("image", 36)
+        name, count = ("clip", 8) if step % 4 == 3 else ("image", 32)
         chosen = rng.integers(len(latents[name]), size=count)
         x = latents[name][torch.from_numpy(chosen)]
-        context = caption_context(tokenizer, table, [captions[name][i] for i in chosen])
+        context = caption_context(tokenizer, [captions[name][i] for i in chosen], DIT["text_dim"])
         sigma = sampler.draw_sigma(count)
         noise = torch.randn_like(x)
         velocity = dit(sampler.add_noise(x, noise, sigma), 1000 * sigma, context)
@@ -277,7 +359,7 @@ def make_dit(out, args):
     dit.save_pretrained(out / "dit")
 
 
-PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "mllm": make_mllm, "dit": make_dit}
+PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "decoder": make_decoder, "vision": make_vision, "mllm": make_mllm, "dit": make_dit}
 
 
 def main():
@@ -285,6 +367,8 @@ def main():
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="folder for mllm/, vae/, dit/ and all states")
     parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--vision-steps", type=int, default=1000)
     parser.add_argument("--mllm-steps", type=int, default=6000)
     parser.add_argument("--dit-steps", type=int, default=6000)
     parser.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term of the VAE")

@@ -23,7 +23,7 @@ T frames, H W pixels; positions and radii are fractions of the frame's side, y p
     python weights/shapes/world.py make data/train --count 20000 --video-share 0.3 --seed 0
     python weights/shapes/world.py edit data/heldout results
     python weights/shapes/world.py score data/heldout results --json scores.json
-    python weights/shapes/world.py show sheet.png --seed 0
+    python weights/shapes/world.py show sheet.png --seed 0 --split heldout --weights weights/shapes
 """
 
 import argparse
@@ -794,12 +794,14 @@ def tile(frame, side):
     return Image.fromarray(frame).resize((side, side), Image.BICUBIC)
 
 
-def card_image(case):
-    """source, arrow (under it the reference), target."""
-    card = Image.new("RGB", (3 * TILE - 40, TILE), "white")
+def card_image(case, result=None):
+    """source, arrow (under it the reference), result if there is one, target."""
+    shown = [frames[0] for frames in (result, case.target) if frames is not None]
+    card = Image.new("RGB", (2 * TILE - 40 + len(shown) * (TILE + 4) - 4, TILE), "white")
     middle = TILE + (TILE - 40) // 2
     card.paste(tile(case.source[0], TILE), (0, 0))
-    card.paste(tile(case.target[0], TILE), (2 * TILE - 40, 0))
+    for column, frame in enumerate(shown):
+        card.paste(tile(frame, TILE), (2 * TILE - 40 + column * (TILE + 4), 0))
     arrow = 32 if case.references else TILE // 2
     for reference in case.references:
         card.paste(tile(reference, 84), (middle - 42, 60))
@@ -809,22 +811,25 @@ def card_image(case):
     return card
 
 
-def card_clip(case):
-    """First, middle and last frame of the source above those of the target, the reference on the right."""
+def card_clip(case, result=None):
+    """First, middle and last frame of the source, below them those of the result if there is one, and of the target;
+    the reference on the right."""
     side, step = 116, 120
-    card = Image.new("RGB", (3 * step + 92, 2 * side + 12), "white")
+    rows = [frames for frames in (case.source, result, case.target) if frames is not None]
+    card = Image.new("RGB", (3 * step + 92, len(rows) * (side + 12) - 12), "white")
     for column, i in enumerate((0, len(case.source) // 2, len(case.source) - 1)):
-        card.paste(tile(case.source[i], side), (column * step, 0))
-        card.paste(tile(case.target[i], side), (column * step, side + 12))
+        for row, frames in enumerate(rows):
+            card.paste(tile(frames[i], side), (column * step, row * (side + 12)))
     for reference in case.references:
-        card.paste(tile(reference, 84), (3 * step + 8, side + 6 - 42))
+        card.paste(tile(reference, 84), (3 * step + 8, (card.height - 84) // 2))
     return card
 
 
-def sheet(cases, columns=2):
-    """A contact sheet of cases, all images or all clips, each above its instruction."""
+def sheet(cases, columns=2, results=()):
+    """A contact sheet of cases, all images or all clips, each above its instruction; with `results`, one for each case."""
     font = ImageFont.load_default(16)
-    cards = [card_clip(case) if len(case.source) > 1 else card_image(case) for case in cases]
+    card = card_clip if len(cases[0].source) > 1 else card_image
+    cards = [card(case, result) for case, result in zip(cases, results or [None] * len(cases))]
     width, height = cards[0].width + 2 * MARGIN, cards[0].height + 2 * MARGIN + 44
     page = Image.new("RGB", (width * columns, height * -(-len(cards) // columns)), "white")
     paint = ImageDraw.Draw(page)
@@ -836,10 +841,16 @@ def sheet(cases, columns=2):
     return page
 
 
-def show(out, seed=0, video=False, split="train"):
-    """Writes a contact sheet with one case of each kind."""
+def show(out, seed=0, video=False, split="train", weights=None):
+    """Writes a contact sheet with one case of each kind and, where `weights` are given, what their InstructX makes of it."""
     cases = [sample(seed * SEEDS + i, video, split, kind) for i, kind in enumerate(KINDS)]
-    sheet(cases, columns=3).save(out)
+    results = []
+    if weights:
+        from connector import InstructX
+
+        model = InstructX.from_pretrained(weights)
+        results = [model.edit(case.source, case.instruction, case.references) for case in tqdm(cases, "edited")]
+    sheet(cases, columns=3, results=results).save(out)
 
 
 # --- the terminal
@@ -860,6 +871,7 @@ def parse():
     command = add("show", "draw a contact sheet with one case of each kind")
     command.add_argument("out", type=Path, help="PNG to write")
     command.add_argument("--video", action="store_true", help="clips: first, middle and last frame")
+    command.add_argument("--weights", type=Path, help="of an InstructX: its results stand between source and target")
     for command in (makes, command):
         command.add_argument("--seed", type=int, default=0, help="another seed gives other cases")
         command.add_argument("--split", choices=("train", "heldout"), default="train",
@@ -883,7 +895,7 @@ def main():
         if args.command == "make":
             make(args.out, args.count, args.video_share, args.seed, args.split, args.size, args.frames)
         elif args.command == "show":
-            show(args.out, args.seed, args.video, args.split)
+            show(args.out, args.seed, args.video, args.split, args.weights)
         elif args.command == "edit":
             edit(args.data, args.results, args.weights)
         else:
