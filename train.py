@@ -31,6 +31,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -38,17 +39,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from connector import InstructX, InstructXConfig, locate
-from dit import WanDiT
+from dit import WanDiT, stored_dtype
 from dit import read_config as dit_config
 from edit import ANIMATED_FORMATS, IMAGE_FORMATS, IMAGE_OPTIONS, MediaError, Parser, decode, list_frames, number, read_frames
-from mllm import Processor, Qwen2_5_VL, lora_layers, merge_lora
+from mllm import LoRALinear, Processor, Qwen2_5_VL, lora_layers, merge_lora
 from mllm import read_config as mllm_config
-from sampler import FlowSampler
+from sampler import FlowSampler, guided
 from vae import WanVAE
 from vae import read_config as vae_config
 
@@ -90,6 +100,12 @@ def settings(arguments=None):
     add("--area", 480 * 832, "larger pictures are scaled down to about this many pixels", count)
     add("--frames", 81, "longer clips are cut to this many frames", count)
     add("--cache", None, "folder for VAE latents, each computed once, and for the sizes of the data", Path, shown="none")
+    add("--ema", 0.0, "decay of the averaged weights that are rendered and exported; 0 takes the weights themselves", share)
+    add("--dit-lora", 0, "rank of low-rank matrices that train in place of the DiT, and are merged in the end; 0 trains the DiT",
+        number(int, 0, 10**4))
+    add("--validate", None, "JSON lines or CSV file of which the first edits are rendered now and then", Path, shown="none")
+    add("--validate-every", 1000, "steps between renderings", count)
+    add("--validate-count", 8, "edits to render", count)
     add("--save-every", 500, "steps between checkpoints", count)
     add("--keep", 2, "checkpoints to keep", count)
     parser.add_argument("--check-data", action="store_true", help="only read every file of the data once, and list what is broken and why")
@@ -97,13 +113,19 @@ def settings(arguments=None):
     add("--workers", 2, "threads that read ahead", count)
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train")
     add("--precision", None, "of matrix products and frozen weights", choices=("float32", "bfloat16"), shown="bfloat16 on CUDA, else float32")
+    parser.add_argument("--gradient-checkpointing", action="store_true",
+                        help="compute each layer again in the backward pass: less memory, a third more time")
     parser.add_argument("--train-all", action="store_true", help="train the whole language model instead of LoRA: for tiny models")
     args = parser.parse_args(arguments)
     args.steps = args.steps or PAPER_STEPS[args.stage]
     args.precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
     args.config = config_settings(args.config)
-    if args.change_weight and args.stage == 1:
-        raise ValueError("--change-weight is for stages 2 and 3: in stage 1 the DiT does not see the source")
+    for batch in (args.image_batch, args.video_batch):
+        if batch % min(batch, args.micro_batch):
+            raise ValueError(f"a batch of {batch} is no multiple of --micro-batch {args.micro_batch}")
+    for name in ("change_weight", "dit_lora"):
+        if getattr(args, name) and args.stage == 1:
+            raise ValueError(f"--{name.replace('_', '-')} is for stages 2 and 3: stage 1 neither trains the DiT nor shows it the source")
     return args
 
 
@@ -219,10 +241,10 @@ class Pairs:
     clips, visits each pair, in chunks of one bucket; chunks are shuffled, so that the steps mix shapes.
     """
 
-    def __init__(self, args, multiple, stride):
+    def __init__(self, args, files, multiple, stride):
         self.args, self.multiple, self.stride = args, multiple, stride
         self.pairs, self.broken, self.buckets = [], {}, {False: {}, True: {}}      # broken: {where: why}, buckets: pair numbers
-        for pair in (pair for file in args.data for pair in read_lines(file)):
+        for pair in (pair for file in files for pair in read_lines(file)):
             if isinstance(pair, Pair):
                 self.pairs.append(pair)
             else:
@@ -297,7 +319,7 @@ class Pairs:
         """What `step` sees: (is_video, [[pair number]]), one entry for each micro-batch."""
         video, before = self.is_video(step)
         batch, chunks = self.args.video_batch if video else self.args.image_batch, len(self.epoch(video, 0))
-        count = max(1, round(batch / self.args.micro_batch))
+        count = max(1, batch // self.args.micro_batch)
         places = (divmod(before * count + i, chunks) for i in range(count))
         return video, [self.epoch(video, epoch)[i] for epoch, i in places]
 
@@ -324,7 +346,7 @@ def outline(args):
 def check_data(args):
     """Reads every file of the data, and prints which pairs are broken and why. Returns whether all are whole."""
     model = outline(args)
-    pairs = Pairs(args, model.multiple(), model.vae.temporal_stride)
+    pairs = Pairs(args, args.data, model.multiple(), model.vae.temporal_stride)
 
     def examine(pair, shape):
         try:
@@ -378,7 +400,8 @@ class Latents:
 
     def __call__(self, pictures):
         """[Picture] of one shape -> (B, 16, F, h, w) on the VAE's device."""
-        return torch.cat([self.encode(picture) if picture.z is None else picture.z.to(self.vae.conv1.weight.device) for picture in pictures])
+        return torch.cat([self.encode(picture) if picture.z is None else picture.z.to(self.vae.conv1.weight.device)
+                          for picture in pictures])
 
     def encode(self, picture):
         video = torch.tensor(picture.frames, device=self.vae.conv1.weight.device).permute(3, 0, 1, 2)[None]     # (1, 3, T, H, W)
@@ -393,34 +416,50 @@ class Latents:
 
 @dataclass
 class Sample:
-    """One pair, read and made ready."""
+    """One pair, read and made ready. A blank has weight 0: it stands where nothing could be read, and teaches nothing."""
 
     where: str
+    place: tuple            # (chunk, number in it) of its step
     seed: int               # of its noise and σ
     inputs: dict            # of the MLLM
     target: Picture
     source: Picture | None  # in stage 1 the MLLM alone sees the source and the references
     references: list
+    weight: float = 1.0
 
 
 # Training.
 
 
-def trainable(model, stage, train_all):
-    """{name: parameter} that this stage trains, made float32; all others are frozen."""
-    if train_all and lora_layers(model.mllm):
+def adapt(dit, args):
+    """Gives the DiT what a stage adds to it: the source embedding, a copy at first, and where asked low-rank matrices."""
+    if args.stage > 1:
+        dit.add_source_embedding()
+    for name, linear in [*dit.blocks.named_modules()] if args.dit_lora else []:
+        if isinstance(linear, nn.Linear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(dit.blocks.get_submodule(parent), leaf, LoRALinear(linear, args.dit_lora, args.dit_lora))
+
+
+def trainable(model, args, compute):
+    """Says what trains: trained parameters become float32, all others but the VAE's are frozen in `compute`."""
+    if args.train_all and lora_layers(model.mllm):
         merge_lora(model.mllm)
         model.config.lora_rank = 0
-    if stage > 1:
-        model.dit.add_source_embedding()                # starts as a copy: the paper's addition, exactly
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        adapt(model.dit, args)
     model.requires_grad_(False)
-    prefixes = ("connector.", *(["dit."] if stage > 1 else []), *(["mllm.model."] if train_all else []))
-    chosen = {}
+    dit = "dit.source_embedding." if args.dit_lora else "dit."
+    prefixes = ("connector.", *([dit] if args.stage > 1 else []), *(["mllm.model."] if args.train_all else []))
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes) or ".lora_" in name:
-            parameter.data = parameter.data.float().clone()     # a clone, since loaded weights are mapped files
-            chosen[name] = parameter.requires_grad_()
-    return chosen
+            parameter.data = parameter.data.float().clone()         # a clone, since loaded weights are mapped files
+            parameter.requires_grad_()
+        elif name.startswith("dit."):
+            parameter.data = parameter.data.to(stored_dtype(name.removeprefix("dit."), parameter.dtype, compute))
+        elif name.startswith("mllm."):
+            parameter.data = parameter.data.to(compute)
 
 
 def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change_weight=0.0):
@@ -432,7 +471,7 @@ def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change
     error = (velocity - sampler.target(z, noise)).square()                                  # (B, 16, F, h, w)
     if change_weight:
         # An edit changes little of the picture, and all the rest is learnt first; weights have mean 1 over each sample.
-        change = (z - source).square().mean(dim=1, keepdim=True)                                    # (B, 1, F, h, w)
+        change = (z - source).square().mean(dim=1, keepdim=True)                            # (B, 1, F, h, w)
         weight = 1 + change_weight * change / change.amax(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
         error = error * (weight / weight.mean(dim=(2, 3, 4), keepdim=True))
     return error.flatten(1).mean(dim=1)
@@ -454,148 +493,301 @@ def learning_rate(step, args):
     return args.lr * min(1, (step + 1) / max(1, args.warmup)) * falling
 
 
+class Processes:
+    """The processes of one run under torchrun, or this one alone. Each takes its share of every chunk of samples.
+
+    The DiT is sharded with FSDP2, block by block. MLLM and connector are small against it: each process has them whole, and
+    their gradients are summed here.
+    """
+
+    def __init__(self, device):
+        self.count, self.device = int(os.environ.get("WORLD_SIZE", 1)), torch.device(device)
+        if self.count > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        self.rank = dist.get_rank() if self.count > 1 else 0
+
+    def shard(self, model):
+        """Shards the DiT of a model that lies on the CPU, and moves the rest of it to the device."""
+        if self.count > 1:
+            mesh = init_device_mesh(self.device.type, (self.count,))
+            for part in (*model.dit.blocks, model.dit):
+                fully_shard(part, mesh=mesh)
+        for part in (model.mllm, model.connector, model.vae, *([] if self.count > 1 else [model.dit])):
+            part.to(self.device)
+
+    def sum_gradients(self, parameters):
+        """Means over all processes, of gradients that FSDP does not take care of; one message for all of them."""
+        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+        if self.count > 1 and gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients]) / self.count
+            dist.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+                gradient.copy_(part.view_as(gradient))
+
+    def gather(self, rows):
+        """The rows of all processes, in order."""
+        parts = [rows]
+        if self.count > 1:
+            parts = [None] * self.count
+            dist.all_gather_object(parts, rows)
+        return sorted(row for part in parts for row in part)
+
+    def wait(self):
+        if self.count > 1:
+            dist.barrier()
+
+
 class Trainer:
     """One training run: the models, the optimizer, and what a step does with them."""
 
     def __init__(self, args):
-        self.args, self.device, self.compute = args, torch.device(args.device), getattr(torch, args.precision)
+        self.args, self.compute, self.processes = args, getattr(torch, args.precision), Processes(args.device)
+        self.device = self.processes.device
         place = locate(args.weights, args.start)
-        self.model = InstructX.from_pretrained(args.weights, args.device, self.compute, args.start, **args.config)
+        self.model = InstructX.from_pretrained(args.weights, instructx=args.start, **args.config)
         # What is exported beside queries, connector and LoRA: what is trained here, or was before.
-        self.export = {name: place[name].parent == place.get("instructx") for name in ("mllm", "dit")}
-        self.export = {"mllm": self.export["mllm"] or args.train_all, "dit": self.export["dit"] or args.stage > 1}
-        self.parameters = trainable(self.model, args.stage, args.train_all)
-        # Decay would wear down the embeddings of words that are not seen, and draw queries, norms, biases and modulation to zero.
-        plain = [name for name, p in self.parameters.items() if p.ndim < 2 or any(x in name for x in ("queries", "modulation", "embed_tokens"))]
-        groups = [{"params": [p for name, p in self.parameters.items() if name not in plain], "weight_decay": args.weight_decay},
-                  {"params": [self.parameters[name] for name in plain], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-        self.pairs = Pairs(args, self.model.multiple(), self.model.vae.temporal_stride)
+        own = [name for name in ("mllm", "dit") if place[name].parent == place.get("instructx")]
+        self.export = {"mllm": "mllm" in own or args.train_all, "dit": "dit" in own or args.stage > 1}
+        trainable(self.model, args, self.compute)
+        self.processes.shard(self.model)
+        self.model.dit.gradient_checkpointing = self.model.mllm.gradient_checkpointing = args.gradient_checkpointing
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = self.make_optimizer()
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if args.ema else {}
+        self.pairs = self.read_pairs(args.data)
         if not any(self.pairs.buckets.values()):
             why = next(iter(self.pairs.broken.values()), "these are clips, and stage 1 takes images")
             raise ValueError(f"no usable pair in {', '.join(map(str, args.data))}: {why}")
+        self.shown = self.read_pairs([args.validate]) if args.validate else None
         self.latents = Latents(self.model.vae, args.cache)
         self.step, self.unusable = 0, 0
 
-    def load(self, step):
-        """What a step needs from disk: (is_video, [[Sample]]). A pair that is broken is left out, and named in `broken`."""
-        video, plan = self.pairs.plan(step)
-        batches = [[self.sample(number, hash_of(self.args.seed, step, i, j)) for j, number in enumerate(numbers)]
-                   for i, numbers in enumerate(plan)]
-        return video, [samples for batch in batches if (samples := [sample for sample in batch if sample])]
+    def make_optimizer(self):
+        """AdamW. Decay would wear down the embeddings of words that are not seen, and draw queries, norms and biases to zero."""
+        groups = {}
+        for name, p in self.parameters.items():
+            decays = p.ndim > 1 and not any(part in name for part in ("queries", "modulation", "embed_tokens"))
+            group = groups.setdefault((isinstance(p, DTensor), decays), {"params": [], "weight_decay": decays * self.args.weight_decay})
+            group["params"].append(p)                               # what is sharded and what is not can't be in one group
+        return torch.optim.AdamW(groups.values(), lr=self.args.lr, betas=(0.9, 0.95), fused=True)
 
-    def sample(self, number, seed):
-        """One pair as a Sample, or None if it is broken."""
+    def read_pairs(self, files):
+        """The pairs in data files. The first process looks up their sizes, the others find what it wrote."""
+        for rank in (0, 1):
+            if min(self.processes.rank, 1) == rank:
+                pairs = Pairs(self.args, files, self.model.multiple(), self.model.vae.temporal_stride)
+            self.processes.wait()
+        return pairs
+
+    def load(self, step):
+        """What a step needs from disk: (is_video, [[Sample]]), of each chunk the share of this process, at least a blank."""
+        video, plan = self.pairs.plan(step)
+        chunks = []
+        for i, numbers in enumerate(plan):
+            samples = [self.load_sample((i, j), numbers[j], hash_of(self.args.seed, step, i, j))
+                       for j in range(self.processes.rank, len(numbers), self.processes.count)]
+            chunks.append([sample for sample in samples if sample] or [self.blank(self.pairs.shapes[numbers[0]])])
+        return video, chunks
+
+    def load_sample(self, place, number, seed):
+        """A pair as a Sample, or None if it is broken: it is then named in `broken`."""
         pair, shape = self.pairs.pairs[number], self.pairs.shapes[number]
         words = pair.instruction if np.random.default_rng(seed).random() >= self.args.drop else ""
         try:
-            frames, fps = read(pair.source, shape[0])
-            pictures = [read(path, one)[0] for path, one in zip(pair.references, shape[1:])]
-            inputs = self.model.prompt(frames, words, [picture[0] for picture in pictures], fps)
-            target, source, references = self.latents.look_up(pair.target, shape[0]), None, []
-            if self.args.stage > 1:
-                source = self.latents.look_up(pair.source, shape[0], frames)
-                references = [self.latents.look_up(*rest) for rest in zip(pair.references, shape[1:], pictures)]
-            return Sample(pair.where, seed, inputs, target, source, references)
+            return self.sample(pair, shape, words, place, seed)
         except Exception as error:              # whatever is wrong with one file, the run goes on
             self.pairs.broken[pair.where] = f"{pair.where}: {error}"
 
+    def sample(self, pair, shape, words, place=(0, 0), seed=0):
+        frames, fps = read(pair.source, shape[0])
+        pictures = [read(path, one)[0] for path, one in zip(pair.references, shape[1:])]
+        inputs = self.model.prompt(frames, words, [picture[0] for picture in pictures], fps)
+        target, source, references = self.latents.look_up(pair.target, shape[0]), None, []
+        if self.args.stage > 1:
+            source = self.latents.look_up(pair.source, shape[0], frames)
+            references = [self.latents.look_up(*rest) for rest in zip(pair.references, shape[1:], pictures)]
+        return Sample(pair.where, place, seed, inputs, target, source, references)
+
+    def blank(self, shape):
+        frames = [np.zeros((*one, 3), np.uint8) for one in shape]
+        pictures = [Picture(None, picture, None) for picture in frames]
+        inputs = self.model.prompt(frames[0], "", [picture[0] for picture in frames[1:]])
+        source, references = (pictures[0], pictures[1:]) if self.args.stage > 1 else (None, [])
+        return Sample("", (0, 0), 0, inputs, pictures[0], source, references, weight=0.0)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32)
+
+    def conditions(self, samples):
+        """Latents of the sources, (B, 16, F, h, w), and of the references, [(B, 16, 1, h', w')]; in stage 1 neither."""
+        references = [self.latents(pictures) for pictures in zip(*(sample.references for sample in samples))]
+        return self.latents([sample.source for sample in samples]) if self.args.stage > 1 else None, references
+
     def loss(self, samples, video):
-        """Losses and σ of one micro-batch, each (B,). All random numbers come from the samples' seeds, on the CPU."""
-        args = self.args
-        z = self.latents([sample.target for sample in samples]).float()                             # (B, 16, F, h, w)
-        source = self.latents([sample.source for sample in samples]).float() if args.stage > 1 else None
-        references = [self.latents(pictures).float() for pictures in zip(*(sample.references for sample in samples))]
+        """Losses and σ of some samples of one shape, each (B,). All random numbers come from their seeds, on the CPU."""
+        args, z = self.args, self.latents([sample.target for sample in samples])                    # (B, 16, F, h, w)
         sampler = FlowSampler(shift=args.video_shift if video else args.image_shift)
         generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
-        sigma = torch.cat([sampler.draw_sigma(1, generator, args.sigma == "uniform") for generator in generators]).to(self.device)
-        noise = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators]).to(self.device)
+        sigma = [sampler.draw_sigma(1, generator, args.sigma == "uniform") for generator in generators]
+        noise = [torch.randn(z.shape[1:], generator=generator) for generator in generators]
+        sigma, noise = torch.cat(sigma).to(self.device), torch.stack(noise).to(self.device)
         inputs = self.model.processor.collate([sample.inputs for sample in samples])
-        with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
+        with self.autocast():
             context = self.model.context(inputs, video)
-            losses = flow_loss(self.model.dit, context, z, source, references, sigma, noise, sampler, args.change_weight)
+            losses = flow_loss(self.model.dit, context, z, *self.conditions(samples), sigma, noise, sampler, args.change_weight)
         return losses, sigma
 
-    def update(self, video, batches):
+    def update(self, video, chunks):
         """One optimizer step -> its figures. A step whose loss or gradient is not finite changes nothing and says so."""
-        args, count = self.args, sum(map(len, batches))
-        losses, sigmas = [], []
-        for samples in batches:
-            loss, sigma = self.loss(samples, video)
-            (loss.sum() / count).backward()
-            losses.append(loss.detach())
-            sigmas.append(sigma)
-        losses, sigmas = (torch.cat(values).cpu() if values else torch.empty(0) for values in (losses, sigmas))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.clip).item()
-        used = count > 0 and math.isfinite(norm) and bool(losses.isfinite().all())
+        args, rows = self.args, []
+        count = len(self.processes.gather([sample.place for samples in chunks for sample in samples if sample.weight]))
+        for samples in chunks:
+            losses, sigmas = self.loss(samples, video)
+            weights = torch.tensor([sample.weight for sample in samples], device=self.device)
+            ((losses * weights).sum() * self.processes.count / max(1, count)).backward()
+            rows += [(sample.place, *both, sample.where) for sample, *both in zip(samples, losses.tolist(), sigmas.tolist()) if sample.weight]
+        rows = self.processes.gather(rows)
+        norm = self.clip_gradients()
+        used = count > 0 and math.isfinite(norm) and all(math.isfinite(loss) for _, loss, _, _ in rows)
         rate = learning_rate(self.step, args)
         if used:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
+            decay = min(args.ema, (1 + self.step) / (10 + self.step))       # or the start would stay in it for long
+            for name, average in self.average.items():
+                average.lerp_(self.parameters[name].detach(), 1 - decay)
         self.optimizer.zero_grad()
         self.unusable = 0 if used else self.unusable + 1
-        bins = (sigmas * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
-        by_sigma = [losses[bins == i].mean().item() if (bins == i).any() else None for i in range(SIGMA_BINS)]
-        return {"step": self.step, "video": video, "samples": count, "loss": losses.mean().item() if count else None,
-                "by_sigma": by_sigma, "gradient": norm, "lr": rate, "used": used, "broken": len(self.pairs.broken)}
+        self.names = [where for _, _, _, where in rows]
+        bins = [[loss for _, loss, sigma, _ in rows if min(SIGMA_BINS - 1, int(sigma * SIGMA_BINS)) == i] for i in range(SIGMA_BINS)]
+        mean = lambda values: sum(values) / len(values) if values else None
+        return {"step": self.step, "video": video, "samples": count, "loss": mean([loss for _, loss, _, _ in rows]),
+                "by_sigma": [mean(values) for values in bins], "gradient": norm, "lr": rate, "used": used}
+
+    def clip_gradients(self):
+        """Scales all gradients down to a norm of --clip together. Returns the norm before."""
+        self.processes.sum_gradients(self.parameters.values())
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        parts = [[g for g in gradients if isinstance(g, DTensor) == sharded] for sharded in (False, True)]
+        norms = [torch.nn.utils.get_total_norm(part) for part in parts if part]
+        norm = math.hypot(*(n.full_tensor().item() if isinstance(n, DTensor) else n.item() for n in norms))
+        if math.isfinite(norm) and norm > self.args.clip:
+            for part in filter(None, parts):
+                torch._foreach_mul_(part, self.args.clip / norm)
+        return norm
 
     def run(self):
         """Steps until --steps, with a checkpoint every --save-every and at the end."""
-        args, ahead = self.args, deque()
-        self.metrics = Metrics(args.out, self.step)
-        start = time.time()
-        with ThreadPoolExecutor(args.workers) as pool, tqdm(initial=self.step, total=args.steps, desc=f"stage {args.stage}", disable=None) as bar:
-            try:
-                while self.step < args.steps:
-                    while len(ahead) <= args.workers and self.step + len(ahead) < args.steps:
-                        ahead.append(pool.submit(self.load, self.step + len(ahead)))
-                    began = time.perf_counter()
-                    video, batches = ahead.popleft().result()
-                    waited = time.perf_counter() - began
-                    figures = self.update(video, batches)
-                    seconds = time.perf_counter() - began
-                    self.metrics.write({**figures, "seconds": round(seconds, 3), "waited": round(waited, 3),
-                                        "samples_per_second": round(figures["samples"] / seconds, 2), "memory": memory(self.device)})
-                    self.step += 1
-                    bar.update()
+        args, ahead, first = self.args, deque(), self.processes.rank == 0
+        metrics = Metrics(args.out, self.step) if first else None
+        bar = tqdm(initial=self.step, total=args.steps, desc=f"stage {args.stage}", disable=None if first else True)
+        with ThreadPoolExecutor(args.workers) as pool, bar, contextlib.ExitStack() as stack:
+            stack.callback(pool.shutdown, cancel_futures=True)
+            while self.step < args.steps:
+                while len(ahead) <= args.workers and self.step + len(ahead) < args.steps:
+                    ahead.append(pool.submit(self.load, self.step + len(ahead)))
+                began = time.perf_counter()
+                video, chunks = ahead.popleft().result()
+                waited = time.perf_counter() - began
+                figures = self.update(video, chunks)
+                seconds = time.perf_counter() - began
+                self.step += 1
+                if first:
+                    metrics.write({**figures, "broken": len(self.pairs.broken), "seconds": round(seconds, 3), "waited": round(waited, 3),
+                                   "samples_per_second": round(figures["samples"] / seconds, 2), "memory": memory(self.device)})
                     bar.set_postfix(loss=figures["loss"], gradient=figures["gradient"], refresh=False)
-                    if self.unusable:
-                        self.complain(figures, batches)
-                    if self.step % args.save_every == 0 or self.step == args.steps:
-                        self.save()
-                        self.metrics.draw()
-            finally:
-                pool.shutdown(cancel_futures=True)
+                    bar.update()
+                if self.unusable >= PATIENCE:
+                    raise Stop(f"{PATIENCE} steps in a row were unusable, the last is step {self.step - 1}: {self.complaint(figures)}")
+                if self.unusable and first:
+                    bar.write(f"train.py: step {self.step - 1} skipped: {self.complaint(figures)}", file=sys.stderr)
+                if self.shown and (self.step % args.validate_every == 0 or self.step == args.steps):
+                    self.validate()
+                if self.step % args.save_every == 0 or self.step == args.steps:
+                    self.save()
+                    if first:
+                        metrics.draw()
 
-    def complain(self, figures, batches):
-        """Says why a step was skipped. Raises Stop if it is the tenth in a row."""
-        names = ", ".join(sample.where for samples in batches for sample in samples) or next(iter(self.pairs.broken.values()), "no data")
-        what = f"loss {figures['loss']}, gradient {figures['gradient']}" if figures["samples"] else "no sample could be read"
-        if self.unusable >= PATIENCE:
-            raise Stop(f"{PATIENCE} steps in a row were unusable; the last is step {figures['step']}: {what}; its batch: {names}")
-        tqdm.write(f"train.py: step {figures['step']} skipped: {what}; its batch: {names}", file=sys.stderr)
+    def complaint(self, figures):
+        if not figures["samples"]:
+            return f"no sample could be read ({next(iter(self.pairs.broken.values()), 'by other processes')})"
+        return f"loss {figures['loss']}, gradient {figures['gradient']}; its batch: {', '.join(self.names)}"
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Inside, the model has its averaged weights, where there are any."""
+        kept = {name: self.parameters[name].detach().clone() for name in self.average}
+        with torch.no_grad():
+            for name, average in self.average.items():
+                self.parameters[name].copy_(average)
+            yield
+            for name, value in kept.items():
+                self.parameters[name].copy_(value)
+
+    @torch.no_grad()
+    def validate(self):
+        """Renders the first edits of --validate to OUT/validation: source, result, target. The noise is the same every time."""
+        rows = []
+        with self.averaged(), self.autocast():
+            for pair, shape in [*zip(self.shown.pairs, self.shown.shapes)][:self.args.validate_count]:
+                if shape:
+                    frames = [read(path, shape[0])[0] for path in (pair.source, pair.target)]
+                    rows.append((pair.instruction, frames[0], self.render(pair, shape), frames[1]))
+        if self.processes.rank == 0:
+            file = self.args.out / "validation" / f"step-{self.step:07d}.png"
+            file.parent.mkdir(exist_ok=True)
+            sheet(rows).save(file.with_suffix(".partial"), format="PNG")
+            os.replace(file.with_suffix(".partial"), file)
+
+    def render(self, pair, shape):
+        """The edit of one pair as InstructX.edit makes it, but through the DiT's `forward` (FSDP) and in stage 1 without the source."""
+        config, dit, video = self.model.config, self.model.dit, shape[0][0] > 1
+        wanted = [pair.instruction] if config.guidance == 1 else [pair.instruction, ""]
+        samples = [self.sample(pair, shape, words) for words in wanted]
+        context = self.model.context(self.model.processor.collate([sample.inputs for sample in samples]), video)
+        source, references = self.conditions(samples[:1])
+        like = self.latents([samples[0].target])
+        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)
+        velocity = guided(lambda z, t: dit(z, t, context, source, references), config.guidance)
+        z = FlowSampler(config.steps, config.shift).sample(velocity, noise)
+        return np.concatenate(list(self.model.decode(z, (*shape[0], 3))))
+
+    def state(self):
+        """{name: tensor} of all that a checkpoint holds: weights, averages, and the optimizer's moments as "exp_avg NAME"."""
+        tensors = {name: p.detach() for name, p in self.parameters.items()} | {f"ema {name}": value for name, value in self.average.items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"{key} {name}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+        return tensors
 
     def save(self):
-        """Writes checkpoints/step-N, which appears whole or not at all, and removes those before the last `--keep`."""
-        final = self.args.out / "checkpoints" / f"step-{self.step:07d}"
+        """Writes checkpoints/step-N, which appears whole or not at all, and removes those before the last `--keep`.
+
+        Each process writes its shards, as safetensors; any number of processes can go on from them.
+        """
+        final, first = self.args.out / "checkpoints" / f"step-{self.step:07d}", self.processes.rank == 0
         partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
-            tensors = {name: p.detach() for name, p in self.parameters.items()}
-            for name, parameter in self.parameters.items():
-                tensors |= {f"{key} {name}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
-            save_file(tensors, partial / "state.safetensors")
-            state = {"step": self.step, "unusable": self.unusable, "settings": lasting(self.args)}
-            (partial / "state.json").write_text(json.dumps(state, indent=2))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-        except Exception as error:              # of a full disk, safetensors has an error type of its own
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self.processes.wait()
+            writer = HuggingFaceStorageWriter(partial, save_distributed=True)
+            checkpoint.save(self.state(), storage_writer=writer, no_dist=self.processes.count == 1)
+            if first:
+                state = {"step": self.step, "unusable": self.unusable, "settings": lasting(self.args)}
+                (partial / "state.json").write_text(json.dumps(state, indent=2))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+                for old in [*checkpoints(self.args.out)[:-self.args.keep], *final.parent.glob("*.partial")]:
+                    shutil.rmtree(old)
+        except (Exception, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise Stop(f"checkpoint {final} could not be written, the one before is whole ({error})") from None
-        for old in [*checkpoints(self.args.out)[:-self.args.keep], *final.parent.glob("*.partial")]:
-            shutil.rmtree(old)
+            reason = " ".join(str(error).split())[-300:]
+            raise Stop(f"checkpoint {final} could not be written, the one before is whole ({reason})") from None
 
     def resume(self):
         """Goes on from the last checkpoint, if there is one. Raises ValueError when it was made with other settings."""
@@ -603,37 +795,56 @@ class Trainer:
         if not found:
             return
         state, now = json.loads((found[-1] / "state.json").read_text()), lasting(self.args)
-        odd = [f"{name} was {state['settings'].get(name)} and is {value}" for name, value in now.items() if state["settings"].get(name) != value]
+        odd = [f"{name} was {state['settings'].get(name)} and is {value}" for name, value in now.items()
+               if state["settings"].get(name) != value]
         if odd:
             raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(odd)}); give the same, or another --out")
-        tensors = load_file(found[-1] / "state.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[name])
-        moments = {}
-        for key, value in tensors.items():
+        reader = HuggingFaceStorageReader(found[-1])
+        for key in reader.read_metadata().state_dict_metadata:      # of the optimizer, which has no moments before its first step
             kind, _, name = key.rpartition(" ")
-            if kind:
-                moments.setdefault(name, {})[kind] = value.to(self.device, copy=True)
-        for name, values in moments.items():
-            self.optimizer.state[self.parameters[name]] = values
+            if kind in ("step", "exp_avg", "exp_avg_sq"):
+                parameter = self.parameters[name]
+                empty = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(parameter).detach()
+                self.optimizer.state[parameter][kind] = empty
+        checkpoint.load(self.state(), storage_reader=reader, no_dist=self.processes.count == 1)
         self.step, self.unusable = state["step"], state["unusable"]
-        print(f"train.py: goes on at step {self.step}, from {found[-1]}", file=sys.stderr)
+        if self.processes.rank == 0:
+            print(f"train.py: goes on at step {self.step}, from {found[-1]}", file=sys.stderr)
 
     def finish(self):
-        """Writes the result, OUT/instructx, which appears when it is whole."""
+        """Writes the result, OUT/instructx, consolidated and with low-rank matrices merged; it appears when it is whole."""
         final = self.args.out / "instructx"
         partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial, **self.export)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        with self.averaged():
+            dit = self.whole_dit() if self.processes.count > 1 else self.model.dit
+            if self.processes.rank == 0:
+                for name, layer in lora_layers(dit):
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(dit.get_submodule(parent), leaf, layer.merged())
+                self.model.dit = dit
+                shutil.rmtree(partial, ignore_errors=True)
+                self.model.save_pretrained(partial, **self.export)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+        self.processes.wait()
         return final
+
+    def whole_dit(self):
+        """The sharded DiT put together again, on the CPU of the first process."""
+        tensors = get_model_state_dict(self.model.dit, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.processes.rank == 0:
+            with torch.device("meta"):
+                dit = WanDiT(self.model.dit.config)
+                dit.text_embedding = dit.text_embedding if self.model.config.text_embedding else nn.Identity()
+                adapt(dit, self.args)
+            dit.load_state_dict(tensors, assign=True)
+            return dit
 
 
 def lasting(args):
     """The settings that a resumed run must share with its checkpoint: all that the result depends on."""
-    free = {"weights", "start", "out", "data", "device", "workers", "keep", "save_every", "cache"}
+    free = {"weights", "start", "out", "data", "device", "workers", "keep", "save_every", "cache", "gradient_checkpointing"}
+    free |= {name for name in vars(args) if name.startswith("validate")}
     free |= {"steps"} if args.schedule == "constant" else set()
     return {name: value for name, value in sorted(vars(args).items()) if name not in free}
 
@@ -713,20 +924,36 @@ def panel(draw, corner, title, curves, width=600, height=400, points=150):
         draw.text((right, top + 4 + 16 * i), name, COLORS[i], anchor="rt", font_size=13)
 
 
+def sheet(rows, side=128):
+    """[(instruction, source, result, target)] -> a picture with a row for each; of a clip the first, middle and last frame."""
+    page = Image.new("RGB", (max(9 if len(source) > 1 else 3 for _, source, *_ in rows) * side, (side + 20) * len(rows)), "white")
+    for i, (instruction, *clips) in enumerate(rows):
+        ImageDraw.Draw(page).text((4, i * (side + 20) + 4), instruction, "black", font_size=11)
+        frames = [clip[j] for clip in clips for j in sorted({0, len(clip) // 2, len(clip) - 1})]
+        for j, frame in enumerate(frames):
+            page.paste(Image.fromarray(frame).resize((side, side)), (j * side, i * (side + 20) + 20))
+    return page
+
+
 def main(arguments=None):
     try:
         args = settings(arguments)
         args.out.mkdir(parents=True, exist_ok=True)
         if args.check_data:
             return 0 if check_data(args) else 1
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # DCP, in a single process
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")   # the velocity is a view, and not changed in place
         trainer = Trainer(args)
-        for problem in list(trainer.pairs.broken.values())[:10]:
-            print(f"train.py: left out: {problem}", file=sys.stderr)
-        weights = sum(p.numel() for p in trainer.parameters.values())
-        print(f"train.py: {trainer.pairs.summary()}; {weights / 1e6:.2f} M weights train", file=sys.stderr)
         trainer.resume()
+        if trainer.processes.rank == 0:
+            for problem in list(trainer.pairs.broken.values())[:10]:
+                print(f"train.py: left out: {problem}", file=sys.stderr)
+            weights = sum(p.numel() for p in trainer.parameters.values())
+            print(f"train.py: {trainer.pairs.summary()}; {weights / 1e6:.2f} M weights train", file=sys.stderr)
         trainer.run()
-        print(trainer.finish())
+        final = trainer.finish()
+        if trainer.processes.rank == 0:
+            print(final)
         return 0
     except (ValueError, OSError, Stop) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
