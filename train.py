@@ -34,7 +34,7 @@ import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,22 +44,24 @@ import torch.distributed.checkpoint as checkpoint
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from connector import InstructX, InstructXConfig, locate
-from dit import WanDiT, stored_dtype
+from dit import PRESETS, WanDiT, stored_dtype
 from dit import read_config as dit_config
 from edit import ANIMATED_FORMATS, IMAGE_FORMATS, IMAGE_OPTIONS, MediaError, Parser, decode, list_frames, number, read_frames
-from mllm import LoRALinear, Processor, Qwen2_5_VL, lora_layers, merge_lora
+from mllm import LoRALinear, Processor, Qwen2_5_VL, Qwen2_5_VLConfig, lora_layers, merge_lora
 from mllm import read_config as mllm_config
 from sampler import FlowSampler, guided
-from vae import WanVAE
+from vae import VAEConfig, WanVAE
 from vae import read_config as vae_config
 
 PAPER_STEPS = {1: 20000, 2: 20000, 3: 5000}
@@ -76,9 +78,9 @@ def settings(arguments=None):
         parser.add_argument(name, default=default, type=type, help=f"{text} (default: {shown or default})", **more)
 
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSON lines or CSV files")
-    parser.add_argument("--weights", type=Path, required=True, help="weights folder with mllm/, dit/, vae/")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoints, metrics, curves and the result, instructx/")
+    parser.add_argument("--data", type=Path, nargs="+", help="JSON lines or CSV files")
+    parser.add_argument("--weights", type=Path, help="weights folder with mllm/, dit/, vae/")
+    parser.add_argument("--out", type=Path, help="checkpoints, metrics, curves and the result, instructx/")
     add("--start", None, "instructx/ folder of the stage before", Path, shown="the one in --weights, else fresh queries")
     add("--config", [], "KEY=VALUE settings of instructx/config.json (InstructXConfig in connector.py), such as image_queries=64 "
         "lora_rank=16 of a fresh start, or steps=20 guidance=3 of sampling", nargs="+", shown="as released, or as --start says")
@@ -109,6 +111,11 @@ def settings(arguments=None):
     add("--save-every", 500, "steps between checkpoints", count)
     add("--keep", 2, "checkpoints to keep", count)
     parser.add_argument("--check-data", action="store_true", help="only read every file of the data once, and list what is broken and why")
+    parser.add_argument("--plan", nargs="?", const="14B", choices=PRESETS, help="only print parameters, memory and days of the stage; "
+                        "of the sizes in --weights (config.json files will do), else as released, with the DiT named (default: 14B)")
+    add("--gpus", 1, "how many, for --plan", count)
+    add("--gpu-memory", 80.0, "GB of each, for --plan", positive)
+    add("--gpu-tflops", 400.0, "what each reaches, for --plan: about 40 percent of its peak", number(float, 0.001, 1e6))
     add("--seed", 0, "of data order, noise, σ and dropped instructions", number(int, 0, 2**62))
     add("--workers", 2, "threads that read ahead", count)
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train")
@@ -117,8 +124,10 @@ def settings(arguments=None):
                         help="compute each layer again in the backward pass: less memory, a third more time")
     parser.add_argument("--train-all", action="store_true", help="train the whole language model instead of LoRA: for tiny models")
     args = parser.parse_args(arguments)
+    if missing := [name for name in ("data", "weights", "out") if getattr(args, name) is None and not args.plan]:
+        raise ValueError(f"--{missing[0]} is missing")
     args.steps = args.steps or PAPER_STEPS[args.stage]
-    args.precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.precision = args.precision or ("bfloat16" if args.plan or args.device.startswith("cuda") else "float32")
     args.config = config_settings(args.config)
     for batch in (args.image_batch, args.video_batch):
         if batch % min(batch, args.micro_batch):
@@ -333,19 +342,10 @@ def read(path, shape):
     return media.frames[:length], float(media.fps or 16)
 
 
-def outline(args):
-    """The InstructX that `args` name on the meta device: everything about it but its weights, which are not read."""
-    place = locate(args.weights, args.start)
-    file = lambda name: (place[name] if place[name].is_dir() else place[name].parent) / "config.json"
-    with torch.device("meta"):
-        mllm, dit, vae = Qwen2_5_VL(mllm_config(file("mllm"))), WanDiT(dit_config(file("dit"))), WanVAE(vae_config(file("vae")))
-    config = asdict(InstructXConfig.from_file(file("instructx"))) if "instructx" in place else {}
-    return InstructX.untrained(mllm, Processor.from_pretrained(place["mllm"]), dit, vae, **config | args.config)
-
-
 def check_data(args):
     """Reads every file of the data, and prints which pairs are broken and why. Returns whether all are whole."""
-    model = outline(args)
+    with torch.device("meta"):
+        model = skeleton(args)
     pairs = Pairs(args, args.data, model.multiple(), model.vae.temporal_stride)
 
     def examine(pair, shape):
@@ -844,7 +844,7 @@ class Trainer:
 def lasting(args):
     """The settings that a resumed run must share with its checkpoint: all that the result depends on."""
     free = {"weights", "start", "out", "data", "device", "workers", "keep", "save_every", "cache", "gradient_checkpointing"}
-    free |= {name for name in vars(args) if name.startswith("validate")}
+    free |= {name for name in vars(args) if name.startswith(("validate", "plan", "gpu"))}
     free |= {"steps"} if args.schedule == "constant" else set()
     return {name: value for name, value in sorted(vars(args).items()) if name not in free}
 
@@ -852,6 +852,122 @@ def lasting(args):
 def checkpoints(out):
     """Whole checkpoints, oldest first."""
     return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
+
+
+# Planning.
+
+
+def cost_of_layers(build, call, layers):
+    """(all, one layer) of [FLOP forward, FLOP backward, bytes kept between them] of `call(model)` for a model with that many layers.
+
+    Models of one and two layers, which build(n) makes on the meta device, run on fake tensors, which have shapes and no content. So
+    this counts what PyTorch would do and keep; and all further layers are alike.
+    """
+    points = []
+    for n in (1, 2):
+        model, kept, forward, backward = build(n), {}, FlopCounterMode(display=False), FlopCounterMode(display=False)
+        keep = lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor) is None or tensor
+        with FakeTensorMode():
+            for module in model.modules():
+                for name, p in module._parameters.items():
+                    module._parameters[name] = p if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+            with forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                result = call(model)
+            with backward:
+                result.sum().backward()
+            weights = {p.untyped_storage()._cdata for p in model.parameters()}
+            size = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+        points.append(np.array([forward.get_total_flops(), backward.get_total_flops(), size], float))
+    return points[0] + (points[1] - points[0]) * (layers - 1), points[1] - points[0]
+
+
+def skeleton(args, layers=None):
+    """InstructX with the sizes of --weights, or as released with the DiT of --plan, ready to train; `layers` for another depth."""
+    place = locate(args.weights, args.start) if args.weights else {}
+    file = lambda name: (place[name] if place[name].is_dir() else place[name].parent) / "config.json"
+    mllm, dit = (read(file(name)) if name in place else PRESETS[args.plan] if name == "dit" else Qwen2_5_VLConfig()
+                 for name, read in (("mllm", mllm_config), ("dit", dit_config)))
+    vae = vae_config(file("vae")) if place else VAEConfig()
+    if layers:
+        mllm, dit = replace(mllm, num_hidden_layers=layers), replace(dit, num_layers=layers)
+    config = asdict(InstructXConfig.from_file(file("instructx"))) if "instructx" in place else {}
+    processor = Processor.from_pretrained(place["mllm"]) if place and (place["mllm"] / "tokenizer.json").is_file() else None
+    return InstructX.untrained(Qwen2_5_VL(mllm), processor, WanDiT(dit), WanVAE(vae), **config | args.config)
+
+
+def held_bytes(parameters, args):
+    """Of weights and, where they train, gradients, two moments and averages, all float32."""
+    copies = 5 if args.ema else 4
+    return sum(p.numel() * (4 * copies if p.requires_grad else p.element_size()) for p in parameters)
+
+
+def plan(args):
+    """Prints parameters, FLOP, memory of each GPU and days of a stage. Nothing is downloaded, and no weight is held in memory."""
+    compute, gpus = getattr(torch, args.precision), args.gpus
+    with torch.device("meta"):
+        model = skeleton(args)
+        trainable(model, args, compute)
+    print(f"{'':10}{'parameters':>12}{'trained':>12}{'GB per GPU':>12}   (weights, gradients, moments)")
+    held = 2 * 4 * sum(p.numel() for p in model.dit.blocks[0].parameters()) if gpus > 1 else 0      # gathered: a block and the next
+    for name in ("mllm", "connector", "dit", "vae"):
+        parameters = [*getattr(model, name).parameters()]
+        size = held_bytes(parameters, args) / (gpus if name == "dit" else 1)                        # the DiT alone is sharded
+        held += size
+        count, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) / 1e6 for every in (True, False))
+        print(f"{name:10}{count:10.1f} M{trained:10.1f} M{size / 1e9:12.2f}")
+    seconds, clips = [], args.video_share if args.stage > 1 else 0.0
+    for kind, batch, frames, share in (("image", args.image_batch, 1, 1 - clips), ("clip", args.video_batch, args.frames, clips)):
+        if share:
+            chunk = min(batch, args.micro_batch)
+            each = -(-chunk // gpus)
+            flop, kept, tokens = step_cost(args, model, frames, each, compute)
+            seconds.append(share * flop * batch / chunk / (args.gpu_tflops * 1e12))
+            print(f"{kind} step: {batch} of {tokens} tokens, {each} at once on each GPU; {flop / each * batch / 1e15:.3f} PFLOP, "
+                  f"{seconds[-1] / share:.2f} s; {kept / 1e9:.2f} GB kept for the backward pass, {(held + kept) / 1e9:.2f} GB in all")
+            if chunk < gpus:
+                print(f"    {gpus - chunk} of {gpus} GPUs have nothing to do: a larger --micro-batch gives them samples")
+            if held + kept > args.gpu_memory * 1e9:
+                print(f"    more than {args.gpu_memory:g} GB: try --gradient-checkpointing, a smaller --micro-batch, --dit-lora, more GPUs")
+    print(f"stage {args.stage}: {args.steps} steps of {sum(seconds):.2f} s, {args.steps * sum(seconds) / 86400:.2f} days with "
+          f"{gpus} GPUs at {args.gpu_tflops:g} TFLOP/s each")
+
+
+def step_cost(args, full, frames, batch, compute):
+    """(FLOP, bytes kept, tokens in the DiT) of one micro-batch on one GPU; the frozen vision tower keeps nothing, and is small."""
+    config, vae = full.config, full.vae
+    side = round(args.area ** 0.5 / full.multiple()) * full.multiple() // vae.spatial_stride
+    shape = (batch, full.dit.config.in_dim, (frames - 1) // vae.temporal_stride + 1, side, side)
+    queries = config.video_queries if frames > 1 else config.image_queries
+    merged = (full.mllm.config.vision_config.patch_size * full.mllm.config.vision_config.spatial_merge_size) ** 2
+    shown = -(-min(frames, config.mllm_frames) // 2) if frames > 1 else 1       # two frames of a clip to a patch
+    prompt = 64 + shown * args.area // merged                                   # 64 words
+    cast = lambda: torch.autocast("cpu", compute, enabled=compute != torch.float32)
+
+    def build(n):
+        with torch.device("meta"):
+            model = skeleton(args, n)
+            trainable(model, args, compute)
+        return model
+
+    def understand(model):
+        x = torch.randn(batch, prompt + queries, config.mllm_dim, dtype=compute, requires_grad=True)
+        with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+            return model.connector(model.mllm.model(x, torch.zeros(3, batch, prompt + queries))[:, -queries:])
+
+    def denoise(model):
+        z, context = torch.randn(shape), torch.randn(batch, queries, config.context_dim, requires_grad=True)
+        with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+            return model.dit(z, torch.zeros(batch), context, z if args.stage > 1 else None)
+
+    flop = kept = 0
+    inputs = {understand: batch * (prompt + queries) * config.mllm_dim * compute.itemsize,      # of one layer, in bytes
+              denoise: batch * math.prod(full.dit.grid(shape)) * full.dit.config.dim * 4}
+    for call, layers in ((understand, full.mllm.config.num_hidden_layers), (denoise, full.dit.config.num_layers)):
+        (forward, backward, size), one = cost_of_layers(build, call, layers)
+        again = args.gradient_checkpointing
+        flop += forward + backward + (one[0] * layers if again else 0)
+        kept += size - one[2] * (layers - 1) + inputs[call] * layers if again else size
+    return flop, kept, math.prod(full.dit.grid(shape))
 
 
 # What a trainer sees.
@@ -938,6 +1054,9 @@ def sheet(rows, side=128):
 def main(arguments=None):
     try:
         args = settings(arguments)
+        if args.plan:
+            plan(args)
+            return 0
         args.out.mkdir(parents=True, exist_ok=True)
         if args.check_data:
             return 0 if check_data(args) else 1

@@ -773,3 +773,53 @@ def test_two_processes_are_one(arguments, tmp_path):
             ours, theirs = load_file(other / name), load_file(whole / name)
             assert ours.keys() == theirs.keys() and all(close(ours[key], theirs[key], 1e-3) for key in ours)
         assert (other / "instructx/dit/config.json").read_bytes() == (whole / "instructx/dit/config.json").read_bytes()
+
+
+# ---------- planning
+
+
+def test_plan_is_what_a_step_takes(trainer, base, monkeypatch):
+    """Rented by the plan, a GPU must hold the run: what is held and kept is measured in a real step, operations by dit.py's formula."""
+    from dit import costs
+    for more in ([], ["--dit-lora", 2], ["--ema", 0.5]):
+        made = trainer(2, "--video-share", 0, "--image-batch", 2, *more)
+        steps(made, 1)
+        held = train.held_bytes(made.model.parameters(), made.args)
+        unseen = made.parameters["connector.video_queries"].numel() * 4 * 3     # no clip yet: no gradient, no moments
+        real = sum(p.numel() * p.element_size() * (1 if p.requires_grad else 0) for p in made.model.parameters())   # gradients
+        real += sum(p.numel() * p.element_size() for p in made.model.parameters() if not p.requires_grad)
+        real += sum(value.numel() * 4 for key, value in made.state().items() if not key.startswith("step "))
+        assert real == held - unseen + made.parameters["connector.video_queries"].numel() * 4
+
+    args, kept = made.args, {}
+    args.area, args.ema = 64 * 64, 0.0
+    costs_of = {}
+    cost_of_layers = train.cost_of_layers
+    monkeypatch.setattr(train, "cost_of_layers", lambda build, call, layers: costs_of.setdefault(call.__name__, cost_of_layers(build, call, layers)))
+    train.step_cost(args, made.model, 1, 2, torch.float32)
+    z, context = torch.randn(2, 16, 1, 8, 8), torch.randn(2, 4, 48, requires_grad=True)
+    keep = lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor) is None or tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made.model.dit(z, torch.zeros(2), context, z)
+    weights = {p.untyped_storage()._cdata for p in made.model.parameters()}
+    real = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+    (forward, backward, planned), one = costs_of["denoise"]
+    assert math.isclose(planned, real, rel_tol=0.02)
+    _, tokens, flop = costs(made.model.dit.config, (2, 16, 1, 8, 8), 4)
+    assert tokens == 16 and 0.9 < one[0] * 2 / (2 * flop) < 1.1 and 1.8 < backward / forward < 2.2
+
+
+def test_plan_from_the_terminal(base, capsys):
+    """Before anything is downloaded: the released sizes, or those of a folder with config.json files; and it says what does not fit."""
+    (base.parent / "configs").mkdir(exist_ok=True)
+    for name in ("mllm", "dit", "vae"):
+        (base.parent / "configs" / name).mkdir(exist_ok=True)
+        shutil.copy(base / name / "config.json", base.parent / "configs" / name)
+    assert train.main(["--stage", "2", "--plan", "--weights", str(base.parent / "configs"), "--frames", "5", "--area", "4096",
+                       "--gpus", "16", "--gpu-memory", "0.001", *FRESH]) == 0
+    said = capsys.readouterr().out
+    assert "image step: 128 of 16 tokens" in said and "clip step: 32 of 32 tokens" in said and "stage 2: 20000 steps" in said
+    assert "more than 0.001 GB" in said and "8 of 16 GPUs have nothing to do" in said
+    with torch.device("meta"):
+        released = train.skeleton(train.settings(["--stage", "1", "--plan", "1.3B"]))
+    assert round(sum(p.numel() for p in released.dit.parameters()) / 1e6) == 1419
