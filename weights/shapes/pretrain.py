@@ -11,6 +11,7 @@ Each name is one part, made in that order since each needs those before it; a pa
     mllm       the tiny Qwen2.5-VL learns to see and to speak: captions, questions, and what a picture would show once an
                instruction were carried out, each a text to write. No pixel is edited here: editing is what train.py teaches
     dit        the tiny WanDiT learns to paint from captions: flow matching, in the place of Wan's text-to-video training
+    ship       after train.py: the files beside this script, from --out and --trained
 
 Wan reads captions through T5. Here a frozen table of random word vectors stands in for it: it carries words and no
 understanding, so whatever meaning an edit needs has to come out of the MLLM, through queries and connector.
@@ -36,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import world
-from connector import SYSTEM_PROMPT
+from connector import SYSTEM_PROMPT, InstructX
 from dit import WanDiT, WanDiTConfig
 from mllm import Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
 from sampler import FlowSampler
@@ -359,7 +360,16 @@ def make_dit(out, args):
     dit.save_pretrained(out / "dit")
 
 
-PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "decoder": make_decoder, "vision": make_vision, "mllm": make_mllm, "dit": make_dit}
+def ship(out, args):
+    """Writes what the repository holds beside this script: all but the VAE in half precision."""
+    model = InstructX.from_pretrained(out, instructx=args.trained)
+    model.save_pretrained(HERE / "instructx", dit=True, dtype=torch.float16)
+    Qwen2_5_VL.from_pretrained(out / "mllm", dtype=torch.float16).save_pretrained(HERE / "mllm")
+    model.processor.save_pretrained(HERE / "mllm")
+    model.vae.save_pretrained(HERE / "vae")
+
+
+PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "decoder": make_decoder, "vision": make_vision, "mllm": make_mllm, "dit": make_dit, "ship": ship}
 
 
 def main():
@@ -371,6 +381,7 @@ def main():
     parser.add_argument("--vision-steps", type=int, default=1000)
     parser.add_argument("--mllm-steps", type=int, default=6000)
     parser.add_argument("--dit-steps", type=int, default=6000)
+    parser.add_argument("--trained", type=Path, default=Path("runs/stage3/instructx"), help="for ship: what train.py wrote")
     parser.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term of the VAE")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
