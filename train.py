@@ -9,14 +9,15 @@
     2       these, the DiT and the source embedding  images and clips  noisy latents + source latents, reference latents
     3       as stage 2                               a clean subset    as stage 2
 
-Data are JSON lines with `source`, `target`, `instruction` and, if any, `references`; paths are relative to the file. CSV files with
-the columns of the open neighbors are read too: src_video, tgt_video, prompt, ref_image.
+Data are JSON lines with `source`, `target`, `instruction` and, if any, `references`; paths are relative to the file.
+CSV files with the columns of the open neighbors are read too: src_video, tgt_video, prompt, ref_image.
 
-What is unusual: which samples a step sees, their noise, σ and dropped instructions are functions of (seed, step) alone. So there
-is no loader state to save, reading ahead cannot change anything, and a run that was killed goes on with the very same numbers.
+What is unusual: which samples a step sees, their noise, σ and dropped instructions are functions of (seed, step) alone.
+So there is no loader state to save, reading ahead cannot change anything, a run that was killed goes on with the very
+same numbers, and so does one with another number of processes (torchrun --nproc-per-node 8 train.py ...).
 
-Precision: trained weights, their gradients and the optimizer are float32; matrix products run in `--precision` through autocast, which
-stands in one place below; frozen weights are kept in `--precision`. Letters as in connector.py.
+Precision: trained weights, their gradients, averages and moments are float32; matrix products run in `--precision`
+through autocast; frozen weights are kept in `--precision`, the VAE in its own. Letters as in connector.py.
 """
 
 import argparse
@@ -57,7 +58,8 @@ from tqdm import tqdm
 from connector import InstructX, InstructXConfig, locate
 from dit import PRESETS, WanDiT, stored_dtype
 from dit import read_config as dit_config
-from edit import ANIMATED_FORMATS, IMAGE_FORMATS, IMAGE_OPTIONS, MediaError, Parser, decode, list_frames, number, read_frames
+from edit import (ANIMATED_FORMATS, IMAGE_FORMATS, IMAGE_OPTIONS, MediaError, Parser, decode, list_frames, number,
+                  read_frames)
 from mllm import LoRALinear, Processor, Qwen2_5_VL, Qwen2_5_VLConfig, lora_layers, merge_lora
 from mllm import read_config as mllm_config
 from sampler import FlowSampler, guided
@@ -81,48 +83,56 @@ def settings(arguments=None):
     parser.add_argument("--data", type=Path, nargs="+", help="JSON lines or CSV files")
     parser.add_argument("--weights", type=Path, help="weights folder with mllm/, dit/, vae/")
     parser.add_argument("--out", type=Path, help="checkpoints, metrics, curves and the result, instructx/")
-    add("--start", None, "instructx/ folder of the stage before", Path, shown="the one in --weights, else fresh queries")
-    add("--config", [], "KEY=VALUE settings of instructx/config.json (InstructXConfig in connector.py), such as image_queries=64 "
-        "lora_rank=16 of a fresh start, or steps=20 guidance=3 of sampling", nargs="+", shown="as released, or as --start says")
+    add("--start", None, "instructx/ folder of the stage before", Path, "the one in --weights, else fresh queries")
+    add("--config", [], "KEY=VALUE settings of instructx/config.json (InstructXConfig in connector.py), such as "
+        "image_queries=64 lora_rank=16 of a fresh start, or steps=20 guidance=3 of sampling", nargs="+",
+        shown="as released, or as --start says")
     add("--steps", None, "optimizer steps", count, shown="paper: 20000, 20000, 5000 for stage 1, 2, 3")
     add("--image-batch", 128, "images per step; paper: 128", count)
     add("--video-batch", 32, "clips per step; paper: 32", count)
-    add("--micro-batch", 8, "samples, all of one shape, that go through the models at once; a batch is the sum of several", count)
+    add("--micro-batch", 8, "samples of one shape that go through the models at once, over all processes together; "
+        "a batch is the sum of several", count)
     add("--video-share", 0.6, "share of the steps of stage 2 or 3 that take clips; paper: 0.6", share)
     add("--lr", 1e-5, "learning rate; paper: 1e-5", positive)
     add("--warmup", 500, "steps until the learning rate is reached", number(int, 0, 10**9))
-    add("--schedule", "constant", "of the learning rate after that; linear and cosine end at 0", choices=("constant", "linear", "cosine"))
-    add("--weight-decay", 0.01, "of matrices; queries, word embeddings, norms, biases and modulation have none", positive)
+    add("--schedule", "constant", "of the learning rate after that; linear and cosine end at 0",
+        choices=("constant", "linear", "cosine"))
+    add("--weight-decay", 0.01, "of matrices; queries, word embeddings, norms, biases, modulation have none", positive)
     add("--clip", 1.0, "largest norm of the gradient", positive)
     add("--drop", 0.1, "probability of an empty instruction, for guidance", share)
     add("--sigma", "logit-normal", "how σ is drawn, before it is shifted", choices=("logit-normal", "uniform"))
     add("--image-shift", 3.0, "shift of σ for images", number(float, 0.01, 100))
     add("--video-shift", 5.0, "shift of σ for clips", number(float, 0.01, 100))
-    add("--change-weight", 0.0, "how much more the loss counts where source and target differ; 0 is plain flow matching", positive)
+    add("--change-weight", 0.0, "how much more the loss counts where source and target differ; 0: plain flow matching",
+        positive)
     add("--area", 480 * 832, "larger pictures are scaled down to about this many pixels", count)
     add("--frames", 81, "longer clips are cut to this many frames", count)
-    add("--cache", None, "folder for VAE latents, each computed once, and for the sizes of the data", Path, shown="none")
-    add("--ema", 0.0, "decay of the averaged weights that are rendered and exported; 0 takes the weights themselves", share)
-    add("--dit-lora", 0, "rank of low-rank matrices that train in place of the DiT, and are merged in the end; 0 trains the DiT",
-        number(int, 0, 10**4))
-    add("--validate", None, "JSON lines or CSV file of which the first edits are rendered now and then", Path, shown="none")
+    add("--cache", None, "folder for VAE latents, each computed once, and for the sizes of the data", Path, "none")
+    add("--ema", 0.0, "decay of the averaged weights that are rendered and exported; 0: the weights themselves", share)
+    add("--dit-lora", 0, "rank of low-rank matrices that train in place of the DiT, and are merged in the end; "
+        "0 trains the DiT", number(int, 0, 10**4))
+    add("--validate", None, "JSON lines or CSV file of which the first edits are rendered now and then", Path, "none")
     add("--validate-every", 1000, "steps between renderings", count)
     add("--validate-count", 8, "edits to render", count)
     add("--save-every", 500, "steps between checkpoints", count)
     add("--keep", 2, "checkpoints to keep", count)
-    parser.add_argument("--check-data", action="store_true", help="only read every file of the data once, and list what is broken and why")
-    parser.add_argument("--plan", nargs="?", const="14B", choices=PRESETS, help="only print parameters, memory and days of the stage; "
-                        "of the sizes in --weights (config.json files will do), else as released, with the DiT named (default: 14B)")
+    parser.add_argument("--check-data", action="store_true",
+                        help="only read every file of the data once, and list what is broken and why")
+    parser.add_argument("--plan", nargs="?", const="14B", choices=PRESETS,
+                        help="only print parameters, memory and days of the stage, for the sizes in --weights "
+                        "(config.json files will do), else as released, with the DiT named (default: 14B)")
     add("--gpus", 1, "how many, for --plan", count)
     add("--gpu-memory", 80.0, "GB of each, for --plan", positive)
     add("--gpu-tflops", 400.0, "what each reaches, for --plan: about 40 percent of its peak", number(float, 0.001, 1e6))
     add("--seed", 0, "of data order, noise, σ and dropped instructions", number(int, 0, 2**62))
     add("--workers", 2, "threads that read ahead", count)
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train")
-    add("--precision", None, "of matrix products and frozen weights", choices=("float32", "bfloat16"), shown="bfloat16 on CUDA, else float32")
+    add("--precision", None, "of matrix products and frozen weights", choices=("float32", "bfloat16"),
+        shown="bfloat16 on CUDA, else float32")
     parser.add_argument("--gradient-checkpointing", action="store_true",
                         help="compute each layer again in the backward pass: less memory, a third more time")
-    parser.add_argument("--train-all", action="store_true", help="train the whole language model instead of LoRA: for tiny models")
+    parser.add_argument("--train-all", action="store_true",
+                        help="train the whole language model instead of LoRA: for tiny models")
     args = parser.parse_args(arguments)
     if missing := [name for name in ("data", "weights", "out") if getattr(args, name) is None and not args.plan]:
         raise ValueError(f"--{missing[0]} is missing")
@@ -134,7 +144,8 @@ def settings(arguments=None):
             raise ValueError(f"a batch of {batch} is no multiple of --micro-batch {args.micro_batch}")
     for name in ("change_weight", "dit_lora"):
         if getattr(args, name) and args.stage == 1:
-            raise ValueError(f"--{name.replace('_', '-')} is for stages 2 and 3: stage 1 neither trains the DiT nor shows it the source")
+            raise ValueError(f"--{name.replace('_', '-')} is for stages 2 and 3: "
+                             "stage 1 neither trains the DiT nor shows it the source")
     return args
 
 
@@ -156,7 +167,7 @@ def config_settings(pairs):
 
 
 def media_shape(path):
-    """(T, H, W) of what read_frames reads at `path`, from headers alone where that will do; it raises the same errors."""
+    """(T, H, W) of what read_frames reads at `path`, from headers where that will do; it raises the same errors."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_OPTIONS)
         if not files:
@@ -212,6 +223,9 @@ class Pair:
     references: list
     instruction: str
 
+    def paths(self):
+        return self.source, self.target, *self.references
+
 
 # The columns of the CSV files of open trainers of video editors.
 COLUMNS = {"source": "src_video", "target": "tgt_video", "instruction": "prompt", "references": "ref_image"}
@@ -235,7 +249,8 @@ def read_lines(file):
         where = f"{file}:{line}"
         try:
             row, folder = json.loads(row) if isinstance(row, str) else row, file.parent
-            source, target, *references = (folder / path for path in (row["source"], row["target"], *(row.get("references") or [])))
+            paths = row["source"], row["target"], *(row.get("references") or [])
+            source, target, *references = (folder / path for path in paths)
             if not isinstance(row["instruction"], str):
                 raise TypeError("the instruction is no text")
             yield Pair(where, source, target, references, row["instruction"])
@@ -246,13 +261,14 @@ def read_lines(file):
 class Pairs:
     """The pairs of all data files, in buckets of one shape each so that a batch can be stacked, and their order.
 
-    Two pairs share a bucket when clip length, working size and the sizes of their references agree. An epoch of images, or of
-    clips, visits each pair, in chunks of one bucket; chunks are shuffled, so that the steps mix shapes.
+    Two pairs share a bucket when clip length, working size and the sizes of their references agree. An epoch of images,
+    or of clips, visits each pair, in chunks of one bucket; chunks are shuffled, so that the steps mix shapes.
     """
 
     def __init__(self, args, files, multiple, stride):
         self.args, self.multiple, self.stride = args, multiple, stride
-        self.pairs, self.broken, self.buckets = [], {}, {False: {}, True: {}}      # broken: {where: why}, buckets: pair numbers
+        self.pairs, self.broken = [], {}                                # broken: {where: why}
+        self.buckets = {False: {}, True: {}}                            # {is_video: {shape: [number in pairs]}}
         for pair in (pair for file in files for pair in read_lines(file)):
             if isinstance(pair, Pair):
                 self.pairs.append(pair)
@@ -260,8 +276,8 @@ class Pairs:
                 self.broken[str(pair).partition(": ")[0]] = str(pair)
         self.index = Index((args.cache or args.out) / "sizes.json")
         with ThreadPoolExecutor(args.workers) as pool:
-            bar = tqdm(pool.map(self.try_shape, self.pairs), desc="sizes", total=len(self.pairs), disable=None, leave=False)
-            self.shapes = list(bar)
+            shapes = pool.map(self.try_shape, self.pairs)
+            self.shapes = [*tqdm(shapes, desc="sizes", total=len(self.pairs), disable=None, leave=False)]
         self.index.save()
         for i, shape in enumerate(self.shapes):
             if shape and (args.stage > 1 or shape[0][0] == 1):
@@ -270,7 +286,8 @@ class Pairs:
 
     def summary(self):
         images, clips = (sum(map(len, self.buckets[video].values())) for video in (False, True))
-        return f"{images} images and {clips} clips in {sum(map(len, self.buckets.values()))} buckets; {len(self.broken)} pairs are broken"
+        buckets = sum(map(len, self.buckets.values()))
+        return f"{images} images and {clips} clips in {buckets} buckets; {len(self.broken)} pairs are broken"
 
     def try_shape(self, pair):
         try:
@@ -284,7 +301,8 @@ class Pairs:
         if (length > 1) != (target_length > 1):
             raise ValueError(f"one of {pair.source} and {pair.target} is an image, the other a clip")
         if abs(math.log(height / width * target[1] / target[0])) > 0.1:
-            raise ValueError(f"{pair.source} is {width}x{height}, {pair.target} {target[1]}x{target[0]}: another aspect, so no pair")
+            size = f"{target[1]}x{target[0]}"
+            raise ValueError(f"{pair.source} is {width}x{height}, {pair.target} is {size}: another aspect")
         length = min(length, target_length, self.args.frames)
         source = (length - 1) // self.stride * self.stride + 1, *self.working(height, width, self.args.area)
         if length > 1 and source[0] == 1:
@@ -293,9 +311,9 @@ class Pairs:
         return source, *((1, *self.working(*self.index(path)[1:], area)) for path in pair.references)
 
     def working(self, height, width, area):
-        """The size that a picture is scaled to: no larger than it is, about `area` at most, sides in multiples for the models.
+        """The size that a picture is scaled to: no larger than it is, about `area` at most, sides that the models take.
 
-        Eight lengths from each power of two to the next, so that pictures of all sizes fall into few buckets.
+        There are eight lengths from each power of two to the next, so that pictures of all sizes fall into few buckets.
         """
         scale = min(1.0, (area / (height * width)) ** 0.5)
 
@@ -307,15 +325,15 @@ class Pairs:
         return side(height), side(width)
 
     def is_video(self, step):
-        """Whether `step` takes clips, and how many steps before it took the same kind of data. Evenly spread, with no chance in it."""
-        share = float(bool(self.buckets[True])) if not (self.buckets[True] and self.buckets[False]) else self.args.video_share
+        """Whether `step` takes clips, and how many steps before it took its kind: spread evenly, without chance."""
+        share = self.args.video_share if all(self.buckets.values()) else float(bool(self.buckets[True]))
         clips = math.floor(share * step + 1e-9)
         video = math.floor(share * (step + 1) + 1e-9) > clips
         return video, clips if video else step - clips
 
     @functools.lru_cache(maxsize=4)
     def epoch(self, video, epoch):
-        """[[pair number]], the chunks of one epoch. The last chunk of a bucket is filled up with others of that bucket."""
+        """[[pair number]], the chunks of one epoch. The last of a bucket is filled up with others of that bucket."""
         rng, chunks = np.random.default_rng([self.args.seed, video, epoch]), []
         size = min(self.args.micro_batch, self.args.video_batch if video else self.args.image_batch)
         for numbers in self.buckets[video].values():
@@ -334,7 +352,7 @@ class Pairs:
 
 
 def read(path, shape):
-    """The frames at `path` in a working shape, uint8 (T, H, W, 3), and their rate. Raises ValueError where there are fewer."""
+    """The frames at `path` in a working shape, uint8 (T, H, W, 3), and their rate. ValueError where there are fewer."""
     length, height, width = shape
     media = read_frames(path, limit=length, size=(width, height))
     if len(media.frames) < length:
@@ -351,21 +369,21 @@ def check_data(args):
     def examine(pair, shape):
         try:
             if shape:
-                read(pair.target, shape[0])
-                model.prompt(read(pair.source, shape[0])[0], pair.instruction, [read(*rest)[0][0] for rest in zip(pair.references, shape[1:])])
+                source, _, *references = (read(*both)[0] for both in zip(pair.paths(), (shape[0], *shape)))
+                model.prompt(source, pair.instruction, [frames[0] for frames in references])
         except Exception as error:
             pairs.broken[pair.where] = f"{pair.where}: {error}"
 
     with ThreadPoolExecutor(args.workers) as pool:
-        for _ in tqdm(pool.map(examine, pairs.pairs, pairs.shapes), desc="pairs", total=len(pairs.pairs), disable=None, leave=False):
-            pass
+        done = pool.map(examine, pairs.pairs, pairs.shapes)
+        deque(tqdm(done, desc="pairs", total=len(pairs.pairs), disable=None, leave=False), maxlen=0)
     print("\n".join([*sorted(pairs.broken.values()), pairs.summary()]))
     return not pairs.broken
 
 
 @dataclass
 class Picture:
-    """A picture on its way into the DiT: its latents if they are known, else its frames, and where to keep the latents."""
+    """A picture on its way into the DiT: its latents if they are known, else its frames, and where to keep latents."""
 
     z: torch.Tensor | None          # (1, 16, F, h, w)
     frames: np.ndarray | None       # uint8 (T, H, W, 3)
@@ -375,8 +393,8 @@ class Picture:
 class Latents:
     """Encodes pictures, each once where there is a folder for it.
 
-    The key is the content of the media file, the working shape and the VAE, so latents can't go stale, and with known latents a
-    clip need not even be decoded. Each is encoded alone: in a batch the last bits could depend on what else was in it.
+    The key is the content of the media file, the working shape and the VAE, so latents can't go stale, and with known
+    latents a clip need not even be decoded. Each is encoded alone: in a batch its last bits could depend on the others.
     """
 
     def __init__(self, vae, folder):
@@ -401,11 +419,11 @@ class Latents:
     def __call__(self, pictures):
         """[Picture] of one shape -> (B, 16, F, h, w) on the VAE's device."""
         return torch.cat([self.encode(picture) if picture.z is None else picture.z.to(self.vae.conv1.weight.device)
-                          for picture in pictures])
+                          for picture in pictures]).float()
 
     def encode(self, picture):
-        video = torch.tensor(picture.frames, device=self.vae.conv1.weight.device).permute(3, 0, 1, 2)[None]     # (1, 3, T, H, W)
-        z = self.vae.encode(video.to(self.vae.conv1.weight.dtype) / 127.5 - 1)
+        video = torch.tensor(picture.frames).permute(3, 0, 1, 2)[None]                      # (1, 3, T, H, W)
+        z = self.vae.encode(video.to(self.vae.conv1.weight) / 127.5 - 1)
         if picture.file:
             picture.file.parent.mkdir(parents=True, exist_ok=True)
             partial = picture.file.with_suffix(f".{os.getpid()}.partial")
@@ -416,7 +434,7 @@ class Latents:
 
 @dataclass
 class Sample:
-    """One pair, read and made ready. A blank has weight 0: it stands where nothing could be read, and teaches nothing."""
+    """One pair, read and made ready. A blank has weight 0: it stands where nothing could be read, teaching nothing."""
 
     where: str
     place: tuple            # (chunk, number in it) of its step
@@ -432,7 +450,7 @@ class Sample:
 
 
 def adapt(dit, args):
-    """Gives the DiT what a stage adds to it: the source embedding, a copy at first, and where asked low-rank matrices."""
+    """Gives the DiT what a stage adds: the source embedding, a copy at first, and where asked low-rank matrices."""
     if args.stage > 1:
         dit.add_source_embedding()
     for name, linear in [*dit.blocks.named_modules()] if args.dit_lora else []:
@@ -463,7 +481,7 @@ def trainable(model, args, compute):
 
 
 def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change_weight=0.0):
-    """Flow matching: the error of the DiT's velocity against ε - x at x_σ = (1-σ)x + σε. Returns one loss per sample, (B,).
+    """Flow matching: the error of the DiT's velocity against ε - x at x_σ = (1-σ)x + σε -> one loss per sample, (B,).
 
     z, source and noise (B, 16, F, h, w), references [(B, 16, 1, h', w')], sigma (B,), context (B, Q, C).
     """
@@ -496,8 +514,8 @@ def learning_rate(step, args):
 class Processes:
     """The processes of one run under torchrun, or this one alone. Each takes its share of every chunk of samples.
 
-    The DiT is sharded with FSDP2, block by block. MLLM and connector are small against it: each process has them whole, and
-    their gradients are summed here.
+    The DiT is sharded with FSDP2, block by block. MLLM and connector are small against it: each process has them whole,
+    and their gradients are averaged here.
     """
 
     def __init__(self, device):
@@ -518,7 +536,7 @@ class Processes:
         for part in (model.mllm, model.connector, model.vae, *([] if self.count > 1 else [model.dit])):
             part.to(self.device)
 
-    def sum_gradients(self, parameters):
+    def average_gradients(self, parameters):
         """Means over all processes, of gradients that FSDP does not take care of; one message for all of them."""
         gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
         if self.count > 1 and gradients:
@@ -566,13 +584,14 @@ class Trainer:
         self.step, self.unusable = 0, 0
 
     def make_optimizer(self):
-        """AdamW. Decay would wear down the embeddings of words that are not seen, and draw queries, norms and biases to zero."""
-        groups = {}
+        """AdamW. Decay would wear down embeddings of words that are not seen, and pull norms and biases to zero."""
+        groups = {}                                     # what is sharded and what is not can't be in one group
         for name, p in self.parameters.items():
             decays = p.ndim > 1 and not any(part in name for part in ("queries", "modulation", "embed_tokens"))
-            group = groups.setdefault((isinstance(p, DTensor), decays), {"params": [], "weight_decay": decays * self.args.weight_decay})
-            group["params"].append(p)                               # what is sharded and what is not can't be in one group
-        return torch.optim.AdamW(groups.values(), lr=self.args.lr, betas=(0.9, 0.95), fused=True)
+            groups.setdefault((isinstance(p, DTensor), decays), []).append(p)
+        groups = [{"params": list_of, "weight_decay": decays * self.args.weight_decay}
+                  for (_, decays), list_of in groups.items()]
+        return torch.optim.AdamW(groups, lr=self.args.lr, betas=(0.9, 0.95), fused=True)
 
     def read_pairs(self, files):
         """The pairs in data files. The first process looks up their sizes, the others find what it wrote."""
@@ -583,7 +602,7 @@ class Trainer:
         return pairs
 
     def load(self, step):
-        """What a step needs from disk: (is_video, [[Sample]]), of each chunk the share of this process, at least a blank."""
+        """What a step needs from disk: (is_video, [[Sample]]), the share of this process in each chunk, or a blank."""
         video, plan = self.pairs.plan(step)
         chunks = []
         for i, numbers in enumerate(plan):
@@ -627,8 +646,8 @@ class Trainer:
         return self.latents([sample.source for sample in samples]) if self.args.stage > 1 else None, references
 
     def loss(self, samples, video):
-        """Losses and σ of some samples of one shape, each (B,). All random numbers come from their seeds, on the CPU."""
-        args, z = self.args, self.latents([sample.target for sample in samples])                    # (B, 16, F, h, w)
+        """Losses and σ of samples of one shape, each (B,). All random numbers come from their seeds, on the CPU."""
+        args, z = self.args, self.latents([sample.target for sample in samples])            # (B, 16, F, h, w)
         sampler = FlowSampler(shift=args.video_shift if video else args.image_shift)
         generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
         sigma = [sampler.draw_sigma(1, generator, args.sigma == "uniform") for generator in generators]
@@ -637,19 +656,22 @@ class Trainer:
         inputs = self.model.processor.collate([sample.inputs for sample in samples])
         with self.autocast():
             context = self.model.context(inputs, video)
-            losses = flow_loss(self.model.dit, context, z, *self.conditions(samples), sigma, noise, sampler, args.change_weight)
+            losses = flow_loss(self.model.dit, context, z, *self.conditions(samples), sigma, noise, sampler,
+                               args.change_weight)
         return losses, sigma
 
     def update(self, video, chunks):
-        """One optimizer step -> its figures. A step whose loss or gradient is not finite changes nothing and says so."""
-        args, rows = self.args, []
+        """One optimizer step -> its figures. A step whose loss or gradient is not finite changes nothing."""
+        args, parts = self.args, []
         count = len(self.processes.gather([sample.place for samples in chunks for sample in samples if sample.weight]))
         for samples in chunks:
             losses, sigmas = self.loss(samples, video)
             weights = torch.tensor([sample.weight for sample in samples], device=self.device)
             ((losses * weights).sum() * self.processes.count / max(1, count)).backward()
-            rows += [(sample.place, *both, sample.where) for sample, *both in zip(samples, losses.tolist(), sigmas.tolist()) if sample.weight]
-        rows = self.processes.gather(rows)
+            parts.append((samples, losses.detach(), sigmas))
+        rows = self.processes.gather([(sample.place, loss, sigma, sample.where) for samples, losses, sigmas in parts
+                                      for sample, loss, sigma in zip(samples, losses.tolist(), sigmas.tolist())
+                                      if sample.weight])
         norm = self.clip_gradients()
         used = count > 0 and math.isfinite(norm) and all(math.isfinite(loss) for _, loss, _, _ in rows)
         rate = learning_rate(self.step, args)
@@ -663,14 +685,16 @@ class Trainer:
         self.optimizer.zero_grad()
         self.unusable = 0 if used else self.unusable + 1
         self.names = [where for _, _, _, where in rows]
-        bins = [[loss for _, loss, sigma, _ in rows if min(SIGMA_BINS - 1, int(sigma * SIGMA_BINS)) == i] for i in range(SIGMA_BINS)]
+        bins = [[] for _ in range(SIGMA_BINS)]
+        for _, loss, sigma, _ in rows:
+            bins[min(SIGMA_BINS - 1, int(sigma * SIGMA_BINS))].append(loss)
         mean = lambda values: sum(values) / len(values) if values else None
         return {"step": self.step, "video": video, "samples": count, "loss": mean([loss for _, loss, _, _ in rows]),
                 "by_sigma": [mean(values) for values in bins], "gradient": norm, "lr": rate, "used": used}
 
     def clip_gradients(self):
         """Scales all gradients down to a norm of --clip together. Returns the norm before."""
-        self.processes.sum_gradients(self.parameters.values())
+        self.processes.average_gradients(self.parameters.values())
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         parts = [[g for g in gradients if isinstance(g, DTensor) == sharded] for sharded in (False, True)]
         norms = [torch.nn.utils.get_total_norm(part) for part in parts if part]
@@ -697,12 +721,14 @@ class Trainer:
                 seconds = time.perf_counter() - began
                 self.step += 1
                 if first:
-                    metrics.write({**figures, "broken": len(self.pairs.broken), "seconds": round(seconds, 3), "waited": round(waited, 3),
-                                   "samples_per_second": round(figures["samples"] / seconds, 2), "memory": memory(self.device)})
+                    metrics.write({**figures, "broken": len(self.pairs.broken), "seconds": round(seconds, 3),
+                                   "waited": round(waited, 3), "memory": memory(self.device),
+                                   "samples_per_second": round(figures["samples"] / seconds, 2)})
                     bar.set_postfix(loss=figures["loss"], gradient=figures["gradient"], refresh=False)
                     bar.update()
                 if self.unusable >= PATIENCE:
-                    raise Stop(f"{PATIENCE} steps in a row were unusable, the last is step {self.step - 1}: {self.complaint(figures)}")
+                    raise Stop(f"{PATIENCE} steps in a row were unusable, the last is step {self.step - 1}: "
+                               f"{self.complaint(figures)}")
                 if self.unusable and first:
                     bar.write(f"train.py: step {self.step - 1} skipped: {self.complaint(figures)}", file=sys.stderr)
                 if self.shown and (self.step % args.validate_every == 0 or self.step == args.steps):
@@ -730,7 +756,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self):
-        """Renders the first edits of --validate to OUT/validation: source, result, target. The noise is the same every time."""
+        """Renders the first edits of --validate to OUT/validation: source, result, target; always with one noise."""
         rows = []
         with self.averaged(), self.autocast():
             for pair, shape in [*zip(self.shown.pairs, self.shown.shapes)][:self.args.validate_count]:
@@ -744,7 +770,7 @@ class Trainer:
             os.replace(file.with_suffix(".partial"), file)
 
     def render(self, pair, shape):
-        """The edit of one pair as InstructX.edit makes it, but through the DiT's `forward` (FSDP) and in stage 1 without the source."""
+        """The edit of a pair as InstructX.edit makes it, but by the DiT's forward (FSDP); in stage 1 without source."""
         config, dit, video = self.model.config, self.model.dit, shape[0][0] > 1
         wanted = [pair.instruction] if config.guidance == 1 else [pair.instruction, ""]
         samples = [self.sample(pair, shape, words) for words in wanted]
@@ -757,8 +783,9 @@ class Trainer:
         return np.concatenate(list(self.model.decode(z, (*shape[0], 3))))
 
     def state(self):
-        """{name: tensor} of all that a checkpoint holds: weights, averages, and the optimizer's moments as "exp_avg NAME"."""
-        tensors = {name: p.detach() for name, p in self.parameters.items()} | {f"ema {name}": value for name, value in self.average.items()}
+        """{name: tensor} of what a checkpoint holds: weights, "ema NAME", and of the optimizer "exp_avg NAME"."""
+        tensors = {name: p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"ema {name}": average for name, average in self.average.items()}
         for name, parameter in self.parameters.items():
             tensors |= {f"{key} {name}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
         return tensors
@@ -798,9 +825,9 @@ class Trainer:
         odd = [f"{name} was {state['settings'].get(name)} and is {value}" for name, value in now.items()
                if state["settings"].get(name) != value]
         if odd:
-            raise ValueError(f"{found[-1]} was made with other settings ({'; '.join(odd)}); give the same, or another --out")
+            raise ValueError(f"{found[-1]} was made with other settings: {'; '.join(odd)}; or take another --out")
         reader = HuggingFaceStorageReader(found[-1])
-        for key in reader.read_metadata().state_dict_metadata:      # of the optimizer, which has no moments before its first step
+        for key in reader.read_metadata().state_dict_metadata:      # the optimizer has no moments before its first step
             kind, _, name = key.rpartition(" ")
             if kind in ("step", "exp_avg", "exp_avg_sq"):
                 parameter = self.parameters[name]
@@ -812,7 +839,7 @@ class Trainer:
             print(f"train.py: goes on at step {self.step}, from {found[-1]}", file=sys.stderr)
 
     def finish(self):
-        """Writes the result, OUT/instructx, consolidated and with low-rank matrices merged; it appears when it is whole."""
+        """Writes the result, OUT/instructx, put together, with low-rank matrices merged; it appears when whole."""
         final = self.args.out / "instructx"
         partial = final.with_suffix(".partial")
         with self.averaged():
@@ -843,8 +870,8 @@ class Trainer:
 
 def lasting(args):
     """The settings that a resumed run must share with its checkpoint: all that the result depends on."""
-    free = {"weights", "start", "out", "data", "device", "workers", "keep", "save_every", "cache", "gradient_checkpointing"}
-    free |= {name for name in vars(args) if name.startswith(("validate", "plan", "gpu"))}
+    free = {"weights", "start", "out", "data", "device", "workers", "keep", "save_every", "cache", "check_data",
+            "gradient_checkpointing", *(name for name in vars(args) if name.startswith(("validate", "plan", "gpu")))}
     free |= {"steps"} if args.schedule == "constant" else set()
     return {name: value for name, value in sorted(vars(args).items()) if name not in free}
 
@@ -858,10 +885,10 @@ def checkpoints(out):
 
 
 def cost_of_layers(build, call, layers):
-    """(all, one layer) of [FLOP forward, FLOP backward, bytes kept between them] of `call(model)` for a model with that many layers.
+    """[FLOP forward, FLOP backward, bytes kept between them] of call(model), for so many layers, and what one adds.
 
-    Models of one and two layers, which build(n) makes on the meta device, run on fake tensors, which have shapes and no content. So
-    this counts what PyTorch would do and keep; and all further layers are alike.
+    Models of one and two layers, which build(n) makes on the meta device, run on fake tensors, which have shapes and no
+    content. So this counts what PyTorch would do and keep; and all further layers are alike.
     """
     points = []
     for n in (1, 2):
@@ -870,7 +897,8 @@ def cost_of_layers(build, call, layers):
         with FakeTensorMode():
             for module in model.modules():
                 for name, p in module._parameters.items():
-                    module._parameters[name] = p if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                    if p is not None:
+                        module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
             with forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 result = call(model)
             with backward:
@@ -882,7 +910,7 @@ def cost_of_layers(build, call, layers):
 
 
 def skeleton(args, layers=None):
-    """InstructX with the sizes of --weights, or as released with the DiT of --plan, ready to train; `layers` for another depth."""
+    """InstructX of the sizes in --weights, or as released with the DiT of --plan; `layers` for another depth."""
     place = locate(args.weights, args.start) if args.weights else {}
     file = lambda name: (place[name] if place[name].is_dir() else place[name].parent) / "config.json"
     mllm, dit = (read(file(name)) if name in place else PRESETS[args.plan] if name == "dit" else Qwen2_5_VLConfig()
@@ -891,7 +919,7 @@ def skeleton(args, layers=None):
     if layers:
         mllm, dit = replace(mllm, num_hidden_layers=layers), replace(dit, num_layers=layers)
     config = asdict(InstructXConfig.from_file(file("instructx"))) if "instructx" in place else {}
-    processor = Processor.from_pretrained(place["mllm"]) if place and (place["mllm"] / "tokenizer.json").is_file() else None
+    processor = Processor.from_pretrained(place["mllm"]) if args.check_data else None
     return InstructX.untrained(Qwen2_5_VL(mllm), processor, WanDiT(dit), WanVAE(vae), **config | args.config)
 
 
@@ -902,38 +930,43 @@ def held_bytes(parameters, args):
 
 
 def plan(args):
-    """Prints parameters, FLOP, memory of each GPU and days of a stage. Nothing is downloaded, and no weight is held in memory."""
+    """Prints parameters, FLOP, memory of each GPU and days of a stage. No weight is needed, nor any memory."""
     compute, gpus = getattr(torch, args.precision), args.gpus
     with torch.device("meta"):
         model = skeleton(args)
         trainable(model, args, compute)
     print(f"{'':10}{'parameters':>12}{'trained':>12}{'GB per GPU':>12}   (weights, gradients, moments)")
-    held = 2 * 4 * sum(p.numel() for p in model.dit.blocks[0].parameters()) if gpus > 1 else 0      # gathered: a block and the next
+    # Sharded, the weights of a block and of the next one are gathered while it runs.
+    held = 2 * 4 * sum(p.numel() for p in model.dit.blocks[0].parameters()) if gpus > 1 else 0
     for name in ("mllm", "connector", "dit", "vae"):
         parameters = [*getattr(model, name).parameters()]
-        size = held_bytes(parameters, args) / (gpus if name == "dit" else 1)                        # the DiT alone is sharded
+        size = held_bytes(parameters, args) / (gpus if name == "dit" else 1)
         held += size
-        count, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) / 1e6 for every in (True, False))
-        print(f"{name:10}{count:10.1f} M{trained:10.1f} M{size / 1e9:12.2f}")
+        count, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+        print(f"{name:10}{count / 1e6:10.1f} M{trained / 1e6:10.1f} M{size / 1e9:12.2f}")
     seconds, clips = [], args.video_share if args.stage > 1 else 0.0
-    for kind, batch, frames, share in (("image", args.image_batch, 1, 1 - clips), ("clip", args.video_batch, args.frames, clips)):
+    for kind, batch, frames, share in (("image", args.image_batch, 1, 1 - clips),
+                                       ("clip", args.video_batch, args.frames, clips)):
         if share:
             chunk = min(batch, args.micro_batch)
             each = -(-chunk // gpus)
             flop, kept, tokens = step_cost(args, model, frames, each, compute)
             seconds.append(share * flop * batch / chunk / (args.gpu_tflops * 1e12))
-            print(f"{kind} step: {batch} of {tokens} tokens, {each} at once on each GPU; {flop / each * batch / 1e15:.3f} PFLOP, "
-                  f"{seconds[-1] / share:.2f} s; {kept / 1e9:.2f} GB kept for the backward pass, {(held + kept) / 1e9:.2f} GB in all")
+            print(f"{kind} step: {batch} of {tokens} tokens, {each} at once on each GPU; "
+                  f"{flop / each * batch / 1e15:.3f} PFLOP, {seconds[-1] / share:.2f} s; "
+                  f"{kept / 1e9:.2f} GB kept for the backward pass, {(held + kept) / 1e9:.2f} GB in all")
             if chunk < gpus:
-                print(f"    {gpus - chunk} of {gpus} GPUs have nothing to do: a larger --micro-batch gives them samples")
+                print(f"    {gpus - chunk} of {gpus} GPUs have nothing to do; a larger --micro-batch gives them work")
             if held + kept > args.gpu_memory * 1e9:
-                print(f"    more than {args.gpu_memory:g} GB: try --gradient-checkpointing, a smaller --micro-batch, --dit-lora, more GPUs")
-    print(f"stage {args.stage}: {args.steps} steps of {sum(seconds):.2f} s, {args.steps * sum(seconds) / 86400:.2f} days with "
-          f"{gpus} GPUs at {args.gpu_tflops:g} TFLOP/s each")
+                print(f"    more than {args.gpu_memory:g} GB: try --gradient-checkpointing, a smaller --micro-batch, "
+                      "--dit-lora, more GPUs")
+    days = args.steps * sum(seconds) / 86400
+    print(f"stage {args.stage}: {args.steps} steps of {sum(seconds):.2f} s, {days:.2f} days with {gpus} GPUs at "
+          f"{args.gpu_tflops:g} TFLOP/s each")
 
 
 def step_cost(args, full, frames, batch, compute):
-    """(FLOP, bytes kept, tokens in the DiT) of one micro-batch on one GPU; the frozen vision tower keeps nothing, and is small."""
+    """(FLOP, bytes kept, tokens in the DiT) of some samples on one GPU. The frozen vision tower is left out."""
     config, vae = full.config, full.vae
     side = round(args.area ** 0.5 / full.multiple()) * full.multiple() // vae.spatial_stride
     shape = (batch, full.dit.config.in_dim, (frames - 1) // vae.temporal_stride + 1, side, side)
@@ -977,11 +1010,12 @@ def memory(device):
     """Peak GB so far: of the GPU, else of the process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 class Metrics:
-    """OUT/metrics.jsonl, one line for each step, and OUT/curves.png. Lines from `step` on are dropped: they will come again."""
+    """OUT/metrics.jsonl, a line for each step, and OUT/curves.png. Lines from `step` on are dropped: they return."""
 
     def __init__(self, out, step):
         self.file, self.rows = out / "metrics.jsonl", []
@@ -1000,8 +1034,10 @@ class Metrics:
     def draw(self):
         """Four panels over the steps: loss of images and clips, loss by σ, norm of the gradient, learning rate."""
         page = Image.new("RGB", (1200, 800), "white")
-        kinds = {name: lambda row, video=video: row["loss"] if row["video"] == video else None for name, video in (("images", False), ("clips", True))}
-        bins = {f"σ {i / SIGMA_BINS:.2f} to {(i + 1) / SIGMA_BINS:.2f}": lambda row, i=i: row["by_sigma"][i] for i in range(SIGMA_BINS)}
+        kinds = {"images": lambda row: None if row["video"] else row["loss"],
+                 "clips": lambda row: row["loss"] if row["video"] else None}
+        bins = {f"σ {i / SIGMA_BINS:.2f} to {(i + 1) / SIGMA_BINS:.2f}": lambda row, i=i: row["by_sigma"][i]
+                for i in range(SIGMA_BINS)}
         panels = {"loss": kinds, "loss by σ": bins, "norm of the gradient": {"": lambda row: row["gradient"]},
                   "learning rate": {"": lambda row: row["lr"]}}
         for i, (title, curves) in enumerate(panels.items()):
@@ -1020,7 +1056,8 @@ def panel(draw, corner, title, curves, width=600, height=400, points=150):
     lines = {}
     for name, pairs in curves.items():
         pairs = np.array([(x, y) for x, y in pairs if y is not None and math.isfinite(y)], float).reshape(-1, 2)
-        lines[name] = [part.mean(axis=0) for part in np.array_split(pairs, min(points, max(1, len(pairs)))) if len(part)]
+        parts = np.array_split(pairs, min(points, max(1, len(pairs))))
+        lines[name] = [part.mean(axis=0) for part in parts if len(part)]
     everything = np.array([point for line in lines.values() for point in line]).reshape(-1, 2)
     if not len(everything):
         return
@@ -1035,14 +1072,15 @@ def panel(draw, corner, title, curves, width=600, height=400, points=150):
         x = left + i * (right - left) / 4
         draw.text((x, bottom + 8), f"{x0 + i * (x1 - x0) / 4:.0f}", "black", anchor="mt", font_size=12)
     for i, (name, line) in enumerate(lines.items()):
-        place = [(left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)) for x, y in line]
-        draw.line(place, COLORS[i], 2)
+        draw.line([(left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
+                   for x, y in line], COLORS[i], 2)
         draw.text((right, top + 4 + 16 * i), name, COLORS[i], anchor="rt", font_size=13)
 
 
 def sheet(rows, side=128):
-    """[(instruction, source, result, target)] -> a picture with a row for each; of a clip the first, middle and last frame."""
-    page = Image.new("RGB", (max(9 if len(source) > 1 else 3 for _, source, *_ in rows) * side, (side + 20) * len(rows)), "white")
+    """[(instruction, source, result, target)] -> a row for each; of a clip the first, middle and last frame."""
+    columns = max([9 if len(source) > 1 else 3 for _, source, *_ in rows], default=1)
+    page = Image.new("RGB", (columns * side, (side + 20) * max(1, len(rows))), "white")
     for i, (instruction, *clips) in enumerate(rows):
         ImageDraw.Draw(page).text((4, i * (side + 20) + 4), instruction, "black", font_size=11)
         frames = [clip[j] for clip in clips for j in sorted({0, len(clip) // 2, len(clip) - 1})]
@@ -1061,7 +1099,7 @@ def main(arguments=None):
         if args.check_data:
             return 0 if check_data(args) else 1
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # DCP, in a single process
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")   # the velocity is a view, and not changed in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")   # a view, and not changed in place
         trainer = Trainer(args)
         trainer.resume()
         if trainer.processes.rank == 0:
@@ -1073,10 +1111,15 @@ def main(arguments=None):
         final = trainer.finish()
         if trainer.processes.rank == 0:
             print(final)
+        if trainer.processes.count > 1:
+            dist.destroy_process_group()
         return 0
     except (ValueError, OSError, Stop) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

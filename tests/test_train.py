@@ -1,8 +1,7 @@
-"""train.py on tiny random weights: what moves and what does not, the order of the data, killing and resuming, bad data."""
+"""train.py on tiny random weights: what moves, the order of the data, killing and resuming, bad data, processes."""
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -18,10 +17,10 @@ from safetensors.torch import load_file
 
 import train
 from connector import InstructX
-from dit import WanDiT, WanDiTConfig
+from dit import WanDiT, WanDiTConfig, costs
 from sampler import FlowSampler
 
-FRESH = ["--config", "image_queries=4", "video_queries=6", "mllm_frames=3", "lora_rank=2", "lora_alpha=4", "steps=2", "guidance=2"]
+FRESH = "--config image_queries=4 video_queries=6 mllm_frames=3 lora_rank=2 lora_alpha=4 steps=2 guidance=2".split()
 
 
 # ---------- helpers
@@ -45,7 +44,8 @@ def write_data(folder, images=6, clips=3, references=2, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(images + clips):
         frames = 5 if i >= images else 0
-        row = {"source": draw(folder / f"{i}s", frames, rng), "target": draw(folder / f"{i}t", frames, rng), "instruction": f"edit {i} " * (i + 1)}
+        row = {"source": draw(folder / f"{i}s", frames, rng), "target": draw(folder / f"{i}t", frames, rng),
+               "instruction": f"edit {i} " * (i + 1)}
         rows.append(row | ({"references": [draw(folder / f"{i}r", 0, rng)]} if i < references else {}))
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "data.jsonl"
@@ -69,8 +69,9 @@ def base(tiny_weights, tmp_path_factory):
 def arguments(base, data, tmp_path):
     """A command line for a stage; further arguments take precedence."""
     def make(stage, *more, out=tmp_path / "out"):
-        return [*map(str, ("--stage", stage, "--data", data, "--weights", base, "--out", out)), "--device", "cpu", "--image-batch", "4",
-                "--video-batch", "2", "--micro-batch", "2", "--lr", "1e-2", "--warmup", "2", "--seed", "3", *FRESH, *map(str, more)]
+        return [*map(str, ("--stage", stage, "--data", data, "--weights", base, "--out", out)),
+                *"--device cpu --lr 1e-2 --image-batch 4 --video-batch 2 --micro-batch 2 --warmup 2 --seed 3".split(),
+                *FRESH, *map(str, more)]
     return make
 
 
@@ -95,7 +96,8 @@ def steps(trainer, count):
 def metrics(out):
     """The lines of metrics.jsonl without what is measured by the clock."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "waited", "samples_per_second", "memory")} for row in rows]
+    measured = ("seconds", "waited", "samples_per_second", "memory")
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
 
 def close(a, b, tolerance=2e-5):
@@ -106,12 +108,14 @@ def close(a, b, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("stage, more, moving", [
-    (1, [], ("connector.", "lora_")), (2, [], ("connector.", "lora_", "dit.")), (3, [], ("connector.", "lora_", "dit.")),
+    (1, [], ("connector.", "lora_")), (2, [], ("connector.", "lora_", "dit.")),
+    (3, [], ("connector.", "lora_", "dit.")),
     (1, ["--train-all"], ("connector.", "mllm.model.")), (2, ["--train-all"], ("connector.", "mllm.model.", "dit."))])
 def test_what_trains_and_what_is_frozen(trainer, stage, more, moving):
     """A frozen tower that drifts, or a trained part that an optimizer does not know, spoils a run without a sign."""
     made = trainer(stage, "--video-share", 0.5, *more)
-    state = lambda: {name: p.detach().clone() for name, p in [*made.model.named_parameters(), *made.model.named_buffers()]}
+    tensors = [*made.model.named_parameters(), *made.model.named_buffers()]
+    state = lambda: {name: p.detach().clone() for name, p in tensors}
     before = state()
     steps(made, 4)
     after = state()
@@ -121,7 +125,8 @@ def test_what_trains_and_what_is_frozen(trainer, stage, more, moving):
     if stage == 1:
         expected.remove("connector.video_queries")      # images alone
     assert moved == expected, moved ^ expected
-    assert ("dit.source_embedding.weight" in moved) == (stage > 1) and not any(name.startswith(("vae.", "mllm.visual.")) for name in moved)
+    assert ("dit.source_embedding.weight" in moved) == (stage > 1)
+    assert not any(name.startswith(("vae.", "mllm.visual.")) for name in moved)
     if "--train-all" in more:
         words = "mllm.model.embed_tokens.weight"
         moved = (before[words] != after[words]).any(dim=1)
@@ -133,8 +138,9 @@ def test_the_dit_sees_source_and_references_from_stage_2_on(trainer, monkeypatch
     for stage in (1, 2):
         made, seen = trainer(stage, "--video-share", 0.5), []
         forward = made.model.dit.forward
-        monkeypatch.setattr(made.model.dit, "forward", lambda z, t, context, source, references:
-                            seen.append((z.shape[2], source, len(references))) or forward(z, t, context, source, references))
+        watched = lambda z, t, context, source, references: (
+            seen.append((z.shape[2], source, len(references))) or forward(z, t, context, source, references))
+        monkeypatch.setattr(made.model.dit, "forward", watched)
         steps(made, 4)
         if stage == 1:
             assert all(frames == 1 and source is None and count == 0 for frames, source, count in seen)
@@ -148,7 +154,7 @@ def test_the_dit_sees_source_and_references_from_stage_2_on(trainer, monkeypatch
 
 @pytest.mark.parametrize("weight", [0.0, 3.0])
 def test_loss_and_gradient_are_the_formula(weight):
-    """x_σ, the direction of the velocity, t = 1000σ, and the mean: a sign wrong here trains to noise. In float64, by hand."""
+    """x_σ, the direction of the velocity, t = 1000σ, and the mean: a sign wrong here trains to noise. In float64."""
     random = torch.Generator().manual_seed(0)
     z, source, noise = torch.randn(3, 2, 16, 2, 4, 6, generator=random, dtype=torch.float64)
     sigma = torch.tensor([0.2, 0.9], dtype=torch.float64)
@@ -165,12 +171,12 @@ def test_loss_and_gradient_are_the_formula(weight):
         share = 1 + weight * change / change.max()
         share = np.broadcast_to(share / share.mean(), residual.shape)
         assert math.isclose(loss[i].item(), (share * residual ** 2).mean(), rel_tol=1e-12)
-        gradient = [g - torch.as_tensor(2 * (share * residual * part).mean()) for g, part in zip(gradient, (mixed, s[i] * level))]
+        gradient = [g - 2 * (share * residual * part).mean() for g, part in zip(gradient, (mixed, s[i] * level))]
     assert all(abs(g.item()) < 1e-12 for g in gradient)
 
 
 def test_a_step_is_the_mean_over_its_samples(trainer, tmp_path):
-    """Chunks, padding of prompts, latents from the cache: none may change a gradient. Against one sample at a time, by hand."""
+    """Chunks, padding of prompts, latents from the cache: none may change a gradient. Against one sample at a time."""
     made = trainer(2, "--video-share", 0, "--cache", tmp_path, "--drop", 0.3, "--clip", 1e9)
     steps(made, 1)                                      # from B = 0 half of the LoRA would have no gradient
     video, batches = made.load(1)
@@ -187,7 +193,8 @@ def test_a_step_is_the_mean_over_its_samples(trainer, tmp_path):
         random = torch.Generator().manual_seed(sample.seed)
         level = torch.randn(1, generator=random).sigmoid()
         level = 3 * level / (1 + 2 * level)
-        x, source, *references = (made.latents([picture]) for picture in (sample.target, sample.source, *sample.references))
+        pictures = sample.target, sample.source, *sample.references
+        x, source, *references = (made.latents([picture]) for picture in pictures)
         noise = torch.randn(x.shape[1:], generator=random)[None]
         context = made.model.context(sample.inputs, False)
         velocity = made.model.dit((1 - level) * x + level * noise, 1000 * level, context, source, references)
@@ -202,7 +209,7 @@ def test_a_step_is_the_mean_over_its_samples(trainer, tmp_path):
 
 
 def test_the_optimizer_is_adamw_by_hand(trainer):
-    """Clipping before the moments, decay on matrices alone, warm-up from the first step: in float64, from the gradients themselves."""
+    """Clipping before the moments, decay on matrices alone, warm-up from the first step: in float64, from gradients."""
     made = trainer(1, "--lr", 1e-2, "--warmup", 3, "--weight-decay", 0.1, "--clip", 0.5)
     expected = {name: p.detach().double() for name, p in made.parameters.items()}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p), [0]) for name, p in expected.items()}
@@ -217,7 +224,8 @@ def test_the_optimizer_is_adamw_by_hand(trainer):
         gradients.clear()
         figures, = steps(made, 1)
         rate, norm = 1e-2 * min(1, (i + 1) / 3), math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
-        assert math.isclose(figures["lr"], rate) and math.isclose(figures["gradient"], norm, rel_tol=1e-6) and norm > 0.5
+        assert math.isclose(figures["lr"], rate) and norm > 0.5
+        assert math.isclose(figures["gradient"], norm, rel_tol=1e-6)
         for name, g in gradients.items():
             first, second, count = moments[name]
             count[0] += 1
@@ -270,7 +278,7 @@ def test_share_of_clips_is_exact(trainer):
 
 
 def test_an_epoch_visits_every_pair(trainer, base, tmp_path):
-    """Drawing with replacement would leave a third of a small set unseen for an epoch. Order: by seed and step, nothing else."""
+    """Drawing with replacement would leave a third of a small set unseen in an epoch. Order: by seed and step alone."""
     data = write_data(tmp_path / "data", images=16, clips=6, references=4)
     made = lambda seed: trainer(2, "--data", data, "--seed", seed, "--video-share", 0.5).pairs
     pairs = made(1)
@@ -279,13 +287,13 @@ def test_an_epoch_visits_every_pair(trainer, base, tmp_path):
         visits = [numbers for kind, numbers in plans if kind == video]
         assert len(visits) == 12 and all(len(numbers) == size for numbers in visits)
         epochs = [sum(visits[start:start + epoch], []) for start in range(0, 12, epoch)]
-        assert all(sorted(numbers) == list(range(first, first + len(numbers))) and len(numbers) == epoch * size for numbers in epochs)
+        assert all(sorted(numbers) == list(range(first, first + epoch * size)) for numbers in epochs)
         assert len({tuple(numbers) for numbers in epochs}) == len(epochs)
     assert pairs_of(made(1), 7, 19) == plans[7:19] != pairs_of(made(2), 7, 19)
 
 
 def test_a_chunk_is_of_one_shape(trainer, tmp_path):
-    """Else nothing could be stacked; and with a bucket for each odd size of picture a batch would never be larger than 1."""
+    """Else nothing could be stacked; and with a bucket for each odd size of picture no batch would be larger than 1."""
     rng, rows = np.random.default_rng(0), []
     sizes = [(int(h), int(w)) for h, w in rng.integers(200, 900, (200, 2))]
     for i, size in enumerate(sizes):
@@ -304,10 +312,11 @@ def test_a_chunk_is_of_one_shape(trainer, tmp_path):
 
 
 def test_clips_are_cut_to_what_the_vae_takes(trainer, tmp_path):
-    """4n + 1 frames, of the shorter of the two, at most --frames; the reference no larger than a frame of the source."""
+    """4n + 1 frames, of the shorter of the two, at most --frames; a reference is no larger than a frame."""
     rng, rows = np.random.default_rng(0), []
     for i, (source, target) in enumerate([(9, 9), (12, 9), (9, 6), (30, 30)]):
-        rows.append({"source": draw(tmp_path / f"{i}s", source, rng), "target": draw(tmp_path / f"{i}t", target, rng), "instruction": "x",
+        source, target = draw(tmp_path / f"{i}s", source, rng), draw(tmp_path / f"{i}t", target, rng)
+        rows.append({"source": source, "target": target, "instruction": "x",
                      "references": [draw(tmp_path / f"{i}r", 0, rng, (64, 64))]})
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made = trainer(2, "--data", tmp_path / "data.jsonl", "--frames", 20)
@@ -318,7 +327,7 @@ def test_clips_are_cut_to_what_the_vae_takes(trainer, tmp_path):
 
 
 def test_sizes_by_header_are_those_that_are_read(tmp_path):
-    """A photo that its EXIF turns, an animation, a clip, a folder: a wrong size would put it into a bucket that it does not fit."""
+    """A photo that its EXIF turns, an animation, a clip, a folder: a wrong size would put it into a wrong bucket."""
     from edit import write_clip
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (7, 20, 36, 3), np.uint8)
@@ -348,12 +357,13 @@ def test_sizes_by_header_are_those_that_are_read(tmp_path):
 def test_instructions_are_dropped(trainer):
     """Guidance needs the empty instruction; dropped are words alone, never pictures, and by the seed of the sample."""
     made = trainer(1, "--drop", 0.3)
-    text = lambda seed: made.model.processor.tokenizer.decode(made.load_sample((0, 0), 4, seed).inputs["input_ids"][0].tolist())
+    inputs = lambda seed, number=4: made.load_sample((0, 0), number, seed).inputs
+    text = lambda seed: made.model.processor.tokenizer.decode(inputs(seed)["input_ids"][0].tolist())
     texts = {seed: text(seed) for seed in range(200)}
     dropped = {seed for seed, words in texts.items() if "edit 4" not in words}
     assert 35 < len(dropped) < 85                       # 60 expected, with a deviation of 6.5
     assert {texts[seed] for seed in dropped} == {texts[min(dropped)]} and texts == {seed: text(seed) for seed in texts}
-    whole, empty = (made.load_sample((0, 0), 0, seed).inputs for seed in (min(set(texts) - dropped), min(dropped)))
+    whole, empty = (inputs(seed, 0) for seed in (min(set(texts) - dropped), min(dropped)))
     assert torch.equal(whole["pixel_values"], empty["pixel_values"])
     assert not any("edit 4" in text(seed) for seed in range(20) if setattr(made.args, "drop", 1.0) is None)
     assert all("edit 4" in text(seed) for seed in range(20) if setattr(made.args, "drop", 0.0) is None)
@@ -376,7 +386,8 @@ def test_latents_are_kept_by_content(trainer, tmp_path, monkeypatch):
         assert torch.equal(first, get(path, shape)) and torch.equal(first, get(copy, shape)) and len(count) == 1
         draw((copy / "0.png") if path.is_dir() else copy, 0, rng)
         assert not torch.equal(first, get(copy, shape)) and len(count) == 2
-        assert torch.equal(first, encode(torch.tensor(train.read(path, shape)[0]).permute(3, 0, 1, 2)[None] / 127.5 - 1))
+        video = torch.tensor(train.read(path, shape)[0]).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        assert torch.equal(first, encode(video))
     get(clip, (1, 16, 16)), get(clip, (1, 32, 32))
     assert len(count) == 4
     with torch.no_grad():
@@ -390,7 +401,7 @@ def test_latents_are_kept_by_content(trainer, tmp_path, monkeypatch):
 
 
 def break_everything(folder):
-    """A data file of whole pairs and one of every kind of broken one. Returns it, and {line: what must be said of it}."""
+    """A data file of whole pairs and one of every kind of broken one. Returns it, and {line: what must be said}."""
     from edit import write_clip
     file = write_data(folder, images=3, clips=1, references=1)
     rows, rng = [json.loads(line) for line in file.read_text().splitlines()], np.random.default_rng(1)
@@ -405,10 +416,12 @@ def break_everything(folder):
     (folder / "cut.mp4").write_bytes((folder / "a.mp4").read_bytes()[:2000])
     lines = [(good | {"source": "nowhere.png"}, "does not exist"), (good | {"target": "cut.png"}, "cut.png"),
              (good | {"source": "text.png"}, "text.png"), (good | {"source": "empty"}, "folder without images"),
-             (good | {"target": "wide.png"}, "another aspect"), (good | {"target": clip["target"]}, "an image, the other a clip"),
+             (good | {"target": "wide.png"}, "another aspect"),
+             (good | {"target": clip["target"]}, "an image, the other a clip"),
              (clip | {"source": "short", "target": "short"}, "5 or more"),
              (clip | {"target": "damaged"}, "3.png"), (clip | {"source": "cut.mp4"}, "cut.mp4"),
-             (good | {"references": ["nowhere.png"]}, "does not exist"), (good | {"instruction": "<|image_pad|>"}, "special token"),
+             (good | {"references": ["nowhere.png"]}, "does not exist"),
+             (good | {"instruction": "<|image_pad|>"}, "special token"),
              (good | {"instruction": 3}, "instruction"), ({"source": "0s.png", "instruction": "x"}, "target"),
              ([], "not an edit"), ({**good, "references": 5}, "not an edit")]
     text = file.read_text() + "".join(json.dumps(row) + "\n" for row, _ in lines) + "{\n"
@@ -422,7 +435,8 @@ def test_check_data_lists_every_kind_of_broken_pair(arguments, tmp_path, capsys)
     assert train.main(arguments(2, "--data", file, "--check-data")) == 1
     *lines, summary = capsys.readouterr().out.splitlines()
     found = {line.split(": ")[0]: line for line in lines}
-    assert found.keys() == said.keys() and not [(said[where], found[where]) for where in said if said[where] not in found[where]]
+    assert found.keys() == said.keys()
+    assert not [(said[where], found[where]) for where in said if said[where] not in found[where]]
     assert f"{len(said)} pairs are broken" in summary
     file.write_text("\n".join(file.read_text().splitlines()[:4]))
     assert train.main(arguments(2, "--data", file, "--check-data")) == 0
@@ -447,7 +461,8 @@ def test_csv_of_the_neighbors(trainer, data, tmp_path):
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     (tmp_path / "data.csv").write_text("\ufeffsrc_video,tgt_video,prompt,ref_image,more\n" + "".join(
         f'{data.parent / row["source"]},{data.parent / row["target"]},"make it, {i}",'
-        f'{data.parent / row["references"][0] if "references" in row else ""},1\n' for i, row in enumerate(rows)), encoding="utf-8")
+        f'{data.parent / row["references"][0] if "references" in row else ""},1\n'
+        for i, row in enumerate(rows)), encoding="utf-8")
     ours, theirs = (list(train.read_lines(file)) for file in (data, tmp_path / "data.csv"))
     assert [(p.source, p.target, p.references) for p in ours] == [(p.source, p.target, p.references) for p in theirs]
     assert theirs[3].instruction == "make it, 3" and theirs[3].where.endswith("data.csv:5")
@@ -459,14 +474,17 @@ def test_csv_of_the_neighbors(trainer, data, tmp_path):
 
 
 def test_killed_runs_go_on_bit_for_bit(arguments, tmp_path):
-    """kill -9 at any moment, several times: losses, order and weights must be those of the run that nothing happened to."""
-    common = ["--steps", 24, "--save-every", 3, "--video-share", 0.5, "--schedule", "cosine", "--cache", tmp_path / "cache", "--drop", 0.5]
+    """kill -9 at any moment, several times: losses, order and weights must be those of the run without a kill."""
+    common = ["--steps", 24, "--save-every", 3, "--video-share", 0.5, "--schedule", "cosine", "--drop", 0.5,
+              "--cache", tmp_path / "cache"]
     assert train.main(arguments(2, *common, out=tmp_path / "whole")) == 0
     out = tmp_path / "killed"
-    log, inode = out / "metrics.jsonl", lambda: (out / "metrics.jsonl").stat().st_ino if (out / "metrics.jsonl").exists() else None
+    log = out / "metrics.jsonl"
+    inode = lambda: log.stat().st_ino if log.exists() else None
     for moment in [*sorted(np.random.default_rng().choice(range(2, 22), 3, replace=False)), None]:
         old = inode()
-        process = subprocess.Popen([sys.executable, train.__file__, *arguments(2, *common, out=out)], stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, train.__file__, *arguments(2, *common, out=out)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while process.poll() is None:                   # the log is a new file once the run goes on
             if moment is not None and inode() != old and len(log.read_bytes().splitlines()) > moment:
                 process.send_signal(signal.SIGKILL)
@@ -475,7 +493,8 @@ def test_killed_runs_go_on_bit_for_bit(arguments, tmp_path):
         process.stderr.close()
     assert metrics(out) == metrics(tmp_path / "whole") and [row["step"] for row in metrics(out)] == list(range(24))
     names = ("checkpoints/step-0000024/shard-00001-model-00001-of-00001", "instructx/model", "instructx/dit/model")
-    for killed, whole in ([load_file(folder / f"{name}.safetensors") for folder in (out, tmp_path / "whole")] for name in names):
+    for name in names:
+        killed, whole = (load_file(folder / f"{name}.safetensors") for folder in (out, tmp_path / "whole"))
         assert killed.keys() == whole.keys() and all(torch.equal(killed[key], whole[key]) for key in whole)
     assert any(key.startswith("exp_avg_sq dit.") for key in load_file(out / f"{names[0]}.safetensors"))
     assert [path.name for path in train.checkpoints(out)] == ["step-0000021", "step-0000024"]
@@ -491,7 +510,7 @@ def test_other_settings_do_not_go_on(arguments, capsys):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(arguments, trainer, monkeypatch, capsys):
-    """The run ends with a message; half a checkpoint must not be taken for one, and the next start goes on from the last."""
+    """The run ends with a message; half a checkpoint must not be taken for one, and the next start has the last."""
     written, save = [], train.checkpoint.save
 
     def full(state, storage_writer, no_dist):
@@ -506,7 +525,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(arguments, trainer, monkeypatc
     said = capsys.readouterr().err
     assert "step-0000004 could not be written" in said and "No space left" in said
     out = train.settings(arguments(1)).out
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"] and not (out / "instructx").exists()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000002"]
+    assert not (out / "instructx").exists()
     monkeypatch.setattr(train.checkpoint, "save", save)
     (out / "checkpoints" / "step-0000009.partial").mkdir()              # as kill -9 leaves it
     assert train.main(arguments(1, "--steps", 6, "--save-every", 2)) == 0
@@ -522,8 +542,7 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer, monkeypatch, kind):
     """One NaN in the weights, or in the optimizer's moments, and the run is lost."""
     made, flow_loss = trainer(1), train.flow_loss
     steps(made, 2)
-    state = lambda: [*made.parameters.values(), *(value for moments in made.optimizer.state.values() for value in moments.values())]
-    before = [tensor.clone() for tensor in state()]
+    before = {key: tensor.clone() for key, tensor in made.state().items()}
 
     def broken(*args):
         loss = flow_loss(*args)
@@ -535,7 +554,7 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer, monkeypatch, kind):
     monkeypatch.setattr(train, "flow_loss", broken)
     figures, = steps(made, 1)
     assert not figures["used"] and made.unusable == 1 and math.isfinite(figures["loss"]) == (kind == "gradient")
-    assert all(torch.equal(*both) for both in zip(before, state()))
+    assert made.state().keys() == before.keys() and all(torch.equal(before[key], x) for key, x in made.state().items())
     monkeypatch.setattr(train, "flow_loss", flow_loss)
     figures, = steps(made, 1)
     assert figures["used"] and made.unusable == 0
@@ -553,7 +572,7 @@ def test_ten_unusable_steps_in_a_row_end_the_run(arguments, monkeypatch, capsys)
     assert train.main(arguments(1, "--steps", 100)) == 2
     *lines, last = capsys.readouterr().err.splitlines()
     assert "10 steps in a row" in last and "step 15" in last and "data.jsonl:" in last
-    assert [line.split()[2] for line in lines if "skipped" in line] == [*"01234", "6", "7", *"89", *map(str, range(10, 15))]
+    assert [int(line.split()[2]) for line in lines if "skipped" in line] == [*range(5), *range(6, 15)]
     assert len(metrics(train.settings(arguments(1)).out)) == 16         # NaN too is in the log
 
 
@@ -562,7 +581,7 @@ def test_ten_unusable_steps_in_a_row_end_the_run(arguments, monkeypatch, capsys)
 
 @pytest.mark.parametrize("stage, more", [(1, []), (2, []), (1, ["--train-all"]), (2, ["--train-all"])])
 def test_the_result_loads_and_goes_on(arguments, base, tmp_path, stage, more):
-    """What is exported must be what was trained, complete, and a start for the next stage: alone, or put into the weights folder."""
+    """What is exported must be what was trained, complete, and a start for the next stage, alone or among weights."""
     out = tmp_path / "first"
     args = train.settings(arguments(stage, "--steps", 3, "--video-share", 0.5, *more, out=out))
     out.mkdir()
@@ -578,22 +597,25 @@ def test_the_result_loads_and_goes_on(arguments, base, tmp_path, stage, more):
     expected = trained.model.edit(frames, "x")
     for again in (InstructX.from_pretrained(base, instructx=folder), InstructX.from_pretrained(tmp_path / "weights")):
         assert np.array_equal(again.edit(frames, "x"), expected)
-    assert not np.array_equal(InstructX.from_pretrained(base, image_queries=4, video_queries=6, lora_rank=2, steps=2).edit(frames, "x"), expected)
-    later = train.Trainer(train.settings([word for word in arguments(2, "--start", folder, *more, out=out) if "=" not in word and word != "--config"]))
+    fresh = InstructX.from_pretrained(base, image_queries=4, video_queries=6, lora_rank=2, steps=2, guidance=2.0)
+    assert not np.array_equal(fresh.edit(frames, "x"), expected)
+    words = [word for word in arguments(2, "--start", folder, *more, out=out) if "=" not in word and word != "--config"]
+    later = train.Trainer(train.settings(words))
     for name, p in trained.parameters.items():
         assert torch.equal(dict(later.model.named_parameters())[name], p), name
     steps(later, 1)
-    assert train.main(arguments(3, "--start", folder, "--config", "guidance=3", "--steps", 1, *more, out=tmp_path / "second")) == 0
-    assert InstructX.from_pretrained(base, instructx=tmp_path / "second" / "instructx").config.guidance == 3
+    second = tmp_path / "second"
+    assert train.main(arguments(3, "--start", folder, "--config", "guidance=3", "--steps", 1, *more, out=second)) == 0
+    assert InstructX.from_pretrained(base, instructx=second / "instructx").config.guidance == 3
 
 
 def test_metrics_and_curves(arguments, tmp_path):
-    """What a trainer looks at: every step is a line, the picture is there after each checkpoint, also if a line was cut off."""
+    """What a trainer looks at: every step is a line, the picture is there, and a line that was cut off does no harm."""
     assert train.main(arguments(2, "--steps", 4, "--video-share", 0.5)) == 0
     out = train.settings(arguments(1)).out
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["video"] for row in rows] == [False, True, False, True] and [row["samples"] for row in rows] == [4, 2, 4, 2]
-    assert all(row["seconds"] > row["waited"] >= 0 and row["memory"] > 0 and row["samples_per_second"] > 0 for row in rows)
+    assert [(row["video"], row["samples"]) for row in rows] == [(False, 4), (True, 2)] * 2
+    assert all(row["seconds"] > row["waited"] >= 0 and row["memory"] > 0 for row in rows)
     known = [sum(value is not None for value in row["by_sigma"]) for row in rows]
     assert all(0 < count <= 4 for count in known)
     with Image.open(out / "curves.png") as image:
@@ -606,9 +628,10 @@ def test_metrics_and_curves(arguments, tmp_path):
 def test_bad_arguments_are_one_line(arguments, data, tmp_path, capsys):
     """Each is found before any work, said in one line, and ends with 2."""
     for more, said in ((["--config", "image_querys=3"], "image_querys"), (["--config", "steps=many"], "'many'"),
-                       (["--change-weight", "1"], "--change-weight"), (["--data", tmp_path / "none.jsonl"], "none.jsonl"),
-                       (["--weights", tmp_path / "none"], "none"), (["--start", tmp_path], "config.json"), (["--lr", "-1"], "--lr"),
-                       (["--steps", "0"], "--steps")):
+                       (["--change-weight", "1"], "--change-weight"), (["--lr", "-1"], "--lr"),
+                       (["--steps", "0"], "--steps"),
+                       (["--data", tmp_path / "none.jsonl"], "none.jsonl"), (["--weights", tmp_path / "none"], "none"),
+                       (["--start", tmp_path], "config.json"), (["--micro-batch", "3"], "no multiple")):
         try:
             code = train.main(arguments(1, *more))
         except SystemExit as end:
@@ -619,19 +642,21 @@ def test_bad_arguments_are_one_line(arguments, data, tmp_path, capsys):
 
 @pytest.mark.parametrize("frames", [0, 5])
 def test_one_pair_can_be_learnt(base, tmp_path, frames):
-    """If a single pair does not go to near zero, something on the way from the words to the velocity is cut; and edit.py must walk
-    that way in the same direction, or it ends elsewhere than at the target."""
+    """If a single pair does not go to near zero, something on the way from the words to the velocity is cut; and
+    an edit must walk that way in the same direction, or it ends elsewhere than at the target."""
     torch.manual_seed(0)
     weights = tmp_path / "weights"
     weights.mkdir()
-    WanDiT(WanDiTConfig(dim=128, ffn_dim=256, num_heads=4, num_layers=2, freq_dim=32, text_dim=48)).save_pretrained(weights / "dit")
+    config = WanDiTConfig(dim=128, ffn_dim=256, num_heads=4, num_layers=2, freq_dim=32, text_dim=48)
+    WanDiT(config).save_pretrained(weights / "dit")
     for name in ("mllm", "vae"):
         (weights / name).symlink_to(base / name)
     data = write_data(tmp_path / "data", images=0 if frames else 1, clips=1 if frames else 0, references=1)
     data.write_text(data.read_text() * 8)               # eight noises of the one pair in each step
-    assert train.main([*map(str, ("--stage", 2, "--data", data, "--weights", weights, "--out", weights, "--device", "cpu", "--steps", 150,
-                                  "--image-batch", 8, "--video-batch", 8, "--lr", 8e-3, "--warmup", 20, "--schedule", "cosine", "--drop", 0,
-                                  "--cache", tmp_path / "cache", *FRESH))]) == 0
+    paths = ("--data", data, "--weights", weights, "--out", weights, "--cache", tmp_path / "cache")
+    assert train.main([*map(str, paths),
+                       *"--stage 2 --steps 150 --image-batch 8 --video-batch 8 --lr 8e-3 --warmup 20 --schedule cosine "
+                       "--drop 0 --device cpu".split(), *FRESH]) == 0
     losses = [row["loss"] for row in metrics(weights)]
     assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:5]), losses[::10]
 
@@ -639,8 +664,9 @@ def test_one_pair_can_be_learnt(base, tmp_path, frames):
     read = lambda name: train.read_frames(folder / name).frames
     model, ends = InstructX.from_pretrained(weights), []
     decode, target = model.decode, model.encode(read(row["target"]))
-    model.decode = lambda z, shape: ends.append(z) or decode(z, shape)              # a random VAE would hide the difference in pixels
-    model.edit(read(row["source"]), row["instruction"], [read(name)[0] for name in row.get("references", [])], steps=10, guidance=1)
+    model.decode = lambda z, shape: ends.append(z) or decode(z, shape)      # a random VAE would hide it in pixels
+    references = [read(name)[0] for name in row.get("references", [])]
+    model.edit(read(row["source"]), row["instruction"], references, steps=10, guidance=1)
     distance = lambda z: float((z - target).norm() / target.norm())
     assert distance(ends[0]) < 0.3 and distance(torch.randn(target.shape)) > 0.8, distance(ends[0])
 
@@ -666,12 +692,14 @@ def test_averaged_weights(arguments, trainer):
     for i in range(4):
         steps(made, 1)
         decay = min(0.9, (1 + i) / (10 + i))
-        expected = {name: decay * value + (1 - decay) * made.parameters[name].detach().double() for name, value in expected.items()}
+        for name, p in made.parameters.items():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach().double()
     assert all(close(made.average[name], value) for name, value in expected.items())
     weights = {name: p.detach().clone() for name, p in made.parameters.items()}
     exported = load_file(made.finish() / "dit" / "model.safetensors")
     name = "blocks.0.ffn.0.weight"
-    assert torch.equal(exported[name], made.average[f"dit.{name}"]) and not torch.equal(exported[name], weights[f"dit.{name}"])
+    assert torch.equal(exported[name], made.average[f"dit.{name}"])
+    assert not torch.equal(exported[name], weights[f"dit.{name}"])
     assert all(torch.equal(p, weights[name]) for name, p in made.parameters.items())
     made.save()
     again = trainer(2, "--video-share", 0.5, "--ema", 0.9)
@@ -681,7 +709,7 @@ def test_averaged_weights(arguments, trainer):
 
 
 def test_precision(trainer):
-    """bfloat16 holds three digits: steps of 1e-5 would vanish in such weights, so what trains, and its moments, stay float32."""
+    """bfloat16 holds three digits: steps of 1e-5 would vanish in such weights, so what trains stays float32."""
     exact, rounded = trainer(2, "--video-share", 0), trainer(2, "--video-share", 0, "--precision", "bfloat16")
     kinds = {name: p.dtype for name, p in rounded.model.named_parameters()}
     assert all(kinds[name] == torch.float32 for name in rounded.parameters)
@@ -696,7 +724,7 @@ def test_precision(trainer):
 
 
 def test_low_rank_matrices_in_the_dit(trainer, base):
-    """14B on one GPU. Nothing of the DiT itself may move, and the export is the plain DiT with the matrices merged in."""
+    """14B on one GPU. Nothing of the DiT itself may move; the export is the plain DiT with the matrices merged in."""
     made = trainer(2, "--video-share", 0.5, "--dit-lora", 2)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     steps(made, 3)
@@ -704,17 +732,18 @@ def test_low_rank_matrices_in_the_dit(trainer, base):
     assert moved == made.parameters.keys()
     inside = {name for name in moved if name.startswith("dit.")}
     assert all("lora_" in name or name == "dit.source_embedding.weight" for name in inside)
-    assert len(inside) == 1 + 2 * 2 * 10                # A and B in two blocks of 8 projections and 2 matrices of the FFN
+    assert len(inside) == 1 + 2 * 2 * 10                # A and B of 8 projections and 2 FFN matrices, in 2 blocks
     frames = np.random.default_rng(0).integers(0, 256, (5, 24, 40, 3), np.uint8)
     expected = made.model.edit(frames, "x")
     again = InstructX.from_pretrained(base, instructx=made.finish())
     assert np.abs(again.edit(frames, "x").astype(int) - expected).max() <= 1
-    assert again.dit.state_dict().keys() == {name.removeprefix("dit.") for name in before if name.startswith("dit.") and "lora" not in name}
+    assert {f"dit.{name}" for name in again.dit.state_dict()} == {
+        name for name in before if name.startswith("dit.") and "lora" not in name}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_validation_shows_the_same_edits_every_time(arguments, trainer, data, stage):
-    """Rendered with one noise, so that what changes from picture to picture is the model; and as edit.py would render it."""
+    """Rendered with one noise, so that what changes from picture to picture is the model; and as edit.py does it."""
     more = ["--validate", data, "--validate-every", 2, "--validate-count", 3, "--ema", 0.5]
     assert train.main(arguments(stage, "--steps", 4, *more)) == 0
     files = sorted((train.settings(arguments(stage)).out / "validation").iterdir())
@@ -729,7 +758,8 @@ def test_validation_shows_the_same_edits_every_time(arguments, trainer, data, st
         ours = made.render(pair, shape)
     if stage > 1:
         read = lambda path: train.read_frames(path).frames
-        theirs = made.model.edit(read(pair.source), pair.instruction, [read(path)[0] for path in pair.references], seed=3)
+        references = [read(path)[0] for path in pair.references]
+        theirs = made.model.edit(read(pair.source), pair.instruction, references, seed=3)
         assert np.abs(ours.astype(int) - theirs).max() <= 1
     assert ours.shape == (1, 16, 16, 3)
 
@@ -740,14 +770,15 @@ def test_validation_shows_the_same_edits_every_time(arguments, trainer, data, st
 def test_two_processes_are_one(arguments, tmp_path):
     """Losses of a run may not depend on how many share the work, not even when that number changes at a checkpoint.
 
-    A chunk of three is shared unevenly, and of a single clip one process gets nothing: it must still take part in every exchange.
+    A chunk of three is shared unevenly, and of a single clip one process gets nothing: it must still take part.
     """
-    common = ["--video-share", 0.5, "--image-batch", 3, "--video-batch", 1, "--micro-batch", 3, "--lr", 1e-4, "--save-every", 3,
-              "--ema", 0.5, "--gradient-checkpointing", "--keep", 9]
+    common = ("--video-share 0.5 --image-batch 3 --video-batch 1 --micro-batch 3 --lr 1e-4 --save-every 3 --keep 9 "
+              "--ema 0.5 --gradient-checkpointing").split()
 
     def two(out, steps):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__]
-        done = subprocess.run([*command, *arguments(2, *common, "--steps", steps, out=out)], capture_output=True, text=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                   train.__file__, *arguments(2, *common, "--steps", steps, out=out)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
     def one(out, steps):
@@ -779,23 +810,22 @@ def test_two_processes_are_one(arguments, tmp_path):
 
 
 def test_plan_is_what_a_step_takes(trainer, base, monkeypatch):
-    """Rented by the plan, a GPU must hold the run: what is held and kept is measured in a real step, operations by dit.py's formula."""
-    from dit import costs
+    """A GPU that is rented by the plan must hold the run: what is held and kept is measured in a real step."""
     for more in ([], ["--dit-lora", 2], ["--ema", 0.5]):
         made = trainer(2, "--video-share", 0, "--image-batch", 2, *more)
         steps(made, 1)
         held = train.held_bytes(made.model.parameters(), made.args)
-        unseen = made.parameters["connector.video_queries"].numel() * 4 * 3     # no clip yet: no gradient, no moments
-        real = sum(p.numel() * p.element_size() * (1 if p.requires_grad else 0) for p in made.model.parameters())   # gradients
-        real += sum(p.numel() * p.element_size() for p in made.model.parameters() if not p.requires_grad)
-        real += sum(value.numel() * 4 for key, value in made.state().items() if not key.startswith("step "))
-        assert real == held - unseen + made.parameters["connector.video_queries"].numel() * 4
+        state = [value.numel() * 4 for key, value in made.state().items() if not key.startswith("step ")]
+        frozen_and_gradients = [p.numel() * p.element_size() for p in made.model.parameters()]
+        unseen = 2 * 4 * made.parameters["connector.video_queries"].numel()     # no clip yet, so no moments
+        assert sum(state) + sum(frozen_and_gradients) == held - unseen
 
     args, kept = made.args, {}
     args.area, args.ema = 64 * 64, 0.0
     costs_of = {}
     cost_of_layers = train.cost_of_layers
-    monkeypatch.setattr(train, "cost_of_layers", lambda build, call, layers: costs_of.setdefault(call.__name__, cost_of_layers(build, call, layers)))
+    watched = lambda build, call, layers: costs_of.setdefault(call.__name__, cost_of_layers(build, call, layers))
+    monkeypatch.setattr(train, "cost_of_layers", watched)
     train.step_cost(args, made.model, 1, 2, torch.float32)
     z, context = torch.randn(2, 16, 1, 8, 8), torch.randn(2, 4, 48, requires_grad=True)
     keep = lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor) is None or tensor
@@ -809,16 +839,15 @@ def test_plan_is_what_a_step_takes(trainer, base, monkeypatch):
     assert tokens == 16 and 0.9 < one[0] * 2 / (2 * flop) < 1.1 and 1.8 < backward / forward < 2.2
 
 
-def test_plan_from_the_terminal(base, capsys):
-    """Before anything is downloaded: the released sizes, or those of a folder with config.json files; and it says what does not fit."""
-    (base.parent / "configs").mkdir(exist_ok=True)
+def test_plan_from_the_terminal(base, tmp_path, capsys):
+    """Before anything is downloaded: the released sizes, or those of config.json files. It says what does not fit."""
     for name in ("mllm", "dit", "vae"):
-        (base.parent / "configs" / name).mkdir(exist_ok=True)
-        shutil.copy(base / name / "config.json", base.parent / "configs" / name)
-    assert train.main(["--stage", "2", "--plan", "--weights", str(base.parent / "configs"), "--frames", "5", "--area", "4096",
-                       "--gpus", "16", "--gpu-memory", "0.001", *FRESH]) == 0
+        (tmp_path / name).mkdir()
+        shutil.copy(base / name / "config.json", tmp_path / name)
+    assert train.main([*"--stage 2 --plan --frames 5 --area 4096 --gpus 16 --gpu-memory 0.001 --weights".split(),
+                       str(tmp_path), *FRESH]) == 0
     said = capsys.readouterr().out
-    assert "image step: 128 of 16 tokens" in said and "clip step: 32 of 32 tokens" in said and "stage 2: 20000 steps" in said
+    assert "image step: 128 of 16 tokens" in said and "clip step: 32 of 32 tokens" in said and "20000 steps" in said
     assert "more than 0.001 GB" in said and "8 of 16 GPUs have nothing to do" in said
     with torch.device("meta"):
         released = train.skeleton(train.settings(["--stage", "1", "--plan", "1.3B"]))
