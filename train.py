@@ -579,8 +579,8 @@ class Trainer:
         if not any(self.pairs.buckets.values()):
             why = next(iter(self.pairs.broken.values()), "these are clips, and stage 1 takes images")
             raise ValueError(f"no usable pair in {', '.join(map(str, args.data))}: {why}")
-        self.shown = self.read_pairs([args.validate]) if args.validate else None
         self.latents = Latents(self.model.vae, args.cache)
+        self.shown = self.read_shown() if args.validate else []
         self.step, self.unusable = 0, 0
 
     def make_optimizer(self):
@@ -600,6 +600,16 @@ class Trainer:
                 pairs = Pairs(self.args, files, self.model.multiple(), self.model.vae.temporal_stride)
             self.processes.wait()
         return pairs
+
+    def read_shown(self):
+        """[(pair, shape)] to render. Each is read once: better an error now than in the middle of the run."""
+        pairs = self.read_pairs([self.args.validate])
+        if pairs.broken:
+            raise ValueError(f"--validate: {next(iter(pairs.broken.values()))}")
+        shown = [*zip(pairs.pairs, pairs.shapes)][:self.args.validate_count]
+        for pair, shape in shown:
+            self.sample(pair, shape, pair.instruction)
+        return shown
 
     def load(self, step):
         """What a step needs from disk: (is_video, [[Sample]]), the share of this process in each chunk, or a blank."""
@@ -759,10 +769,9 @@ class Trainer:
         """Renders the first edits of --validate to OUT/validation: source, result, target; always with one noise."""
         rows = []
         with self.averaged(), self.autocast():
-            for pair, shape in [*zip(self.shown.pairs, self.shown.shapes)][:self.args.validate_count]:
-                if shape:
-                    frames = [read(path, shape[0])[0] for path in (pair.source, pair.target)]
-                    rows.append((pair.instruction, frames[0], self.render(pair, shape), frames[1]))
+            for pair, shape in self.shown:
+                source, target = (read(path, shape[0])[0] for path in (pair.source, pair.target))
+                rows.append((pair.instruction, source, self.render(pair, shape), target))
         if self.processes.rank == 0:
             file = self.args.out / "validation" / f"step-{self.step:07d}.png"
             file.parent.mkdir(exist_ok=True)

@@ -753,7 +753,7 @@ def test_validation_shows_the_same_edits_every_time(arguments, trainer, data, st
     made.resume()
     made.validate()
     assert (files[1].parent / "step-0000004.png").read_bytes() == files[1].read_bytes()
-    pair, shape = made.shown.pairs[0], made.shown.shapes[0]
+    pair, shape = made.shown[0]
     with torch.no_grad():
         ours = made.render(pair, shape)
     if stage > 1:
@@ -762,6 +762,8 @@ def test_validation_shows_the_same_edits_every_time(arguments, trainer, data, st
         theirs = made.model.edit(read(pair.source), pair.instruction, references, seed=3)
         assert np.abs(ours.astype(int) - theirs).max() <= 1
     assert ours.shape == (1, 16, 16, 3)
+    (data.parent / "bad.jsonl").write_text('{"source": "0s.png", "target": "none.png", "instruction": "x"}')
+    assert train.main(arguments(stage, "--validate", data.parent / "bad.jsonl", out=made.args.out / "new")) == 2
 
 
 # ---------- several processes
