@@ -139,7 +139,7 @@ def settings(arguments=None):
     args.steps = args.steps or PAPER_STEPS[args.stage]
     args.precision = args.precision or ("bfloat16" if args.plan or args.device.startswith("cuda") else "float32")
     args.config = config_settings(args.config)
-    for batch in (args.image_batch, args.video_batch):
+    for batch in (args.image_batch, args.video_batch)[:1 if args.stage == 1 else 2]:
         if batch % min(batch, args.micro_batch):
             raise ValueError(f"a batch of {batch} is no multiple of --micro-batch {args.micro_batch}")
     for name in ("change_weight", "dit_lora"):
