@@ -1045,9 +1045,9 @@ class Metrics:
         page = Image.new("RGB", (1200, 800), "white")
         kinds = {"images": lambda row: None if row["video"] else row["loss"],
                  "clips": lambda row: row["loss"] if row["video"] else None}
-        bins = {f"σ {i / SIGMA_BINS:.2f} to {(i + 1) / SIGMA_BINS:.2f}": lambda row, i=i: row["by_sigma"][i]
+        bins = {f"{i / SIGMA_BINS:.2f} to {(i + 1) / SIGMA_BINS:.2f}": lambda row, i=i: row["by_sigma"][i]
                 for i in range(SIGMA_BINS)}
-        panels = {"loss": kinds, "loss by σ": bins, "norm of the gradient": {"": lambda row: row["gradient"]},
+        panels = {"loss": kinds, "loss by sigma": bins, "norm of the gradient": {"": lambda row: row["gradient"]},
                   "learning rate": {"": lambda row: row["lr"]}}
         for i, (title, curves) in enumerate(panels.items()):
             panel(ImageDraw.Draw(page), (600 * (i % 2), 400 * (i // 2)), title,
@@ -1080,7 +1080,7 @@ def panel(draw, corner, title, curves, width=600, height=400, points=150):
         draw.text((left - 8, y), f"{y0 + i * (y1 - y0) / 4:.3g}", "black", anchor="rm", font_size=12)
         x = left + i * (right - left) / 4
         draw.text((x, bottom + 8), f"{x0 + i * (x1 - x0) / 4:.0f}", "black", anchor="mt", font_size=12)
-    for i, (name, line) in enumerate(lines.items()):
+    for i, (name, line) in enumerate((name, line) for name, line in lines.items() if line):
         draw.line([(left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
                    for x, y in line], COLORS[i], 2)
         draw.text((right, top + 4 + 16 * i), name, COLORS[i], anchor="rt", font_size=13)
