@@ -144,11 +144,12 @@ def quick_start(vae):
             torch.nn.init.zeros_(module.bias)
             if past:
                 module.weight.data[:, :, :2] = 0
+    for module in vae.modules():
         if isinstance(module, ResidualBlock):
             torch.nn.init.zeros_(module.residual[6].weight)
-        if isinstance(module, AttentionBlock):
+        elif isinstance(module, AttentionBlock):
             torch.nn.init.zeros_(module.proj.weight)
-        if isinstance(module, (Downsample, Upsample)) and module.time_conv is not None:
+        elif isinstance(module, (Downsample, Upsample)) and module.time_conv is not None:
             weight = module.time_conv.weight.data       # (out, in, 3, 1, 1)
             same = torch.eye(weight.shape[1])[..., None, None]
             weight.zero_()
