@@ -1,0 +1,93 @@
+"""The recipe of the shapes model, in a miniature of itself: every part runs, goes on where it was, and what ships loads."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights" / "shapes"))
+
+import pretrain
+import world
+from connector import InstructX
+from vae import WanVAE
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A bank of 16 images and 4 clips, instead of thousands."""
+    for name, value in {"IMAGES": 16, "CLIPS": 4, "PAINTED": {"image": 12, "clip": 4}}.items():
+        monkeypatch.setattr(pretrain, name, value)
+
+
+def run(monkeypatch, out, *arguments):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments), "--out", str(out)])
+    pretrain.main()
+
+
+def test_all_parts_and_what_ships(few, tmp_path, monkeypatch):
+    """The parts are run hours apart by hand, so one that no longer fits the models would be noticed late."""
+    out, shipped = tmp_path / "base", tmp_path / "shapes"
+    steps = [option for part in ("vae", "decoder", "vision", "mllm", "dit") for option in (f"--{part}-steps", 2)]
+    run(monkeypatch, out, "tokenizer", "vae", "decoder", "vision", "mllm", "dit", *steps)
+    trained = InstructX.from_pretrained(out, lora_rank=2, lora_alpha=2, image_queries=3, video_queries=4, steps=2)
+    trained.save_pretrained(tmp_path / "trained", dit=True)
+    monkeypatch.setattr(pretrain, "HERE", shipped)
+    run(monkeypatch, out, "ship", "--trained", tmp_path / "trained")
+    case = world.sample(3, kind="ref_add", video=True)
+    original = InstructX.from_pretrained(out, instructx=tmp_path / "trained").edit(case.source, "x", case.references)
+    result = InstructX.from_pretrained(shipped, dtype=torch.float32).edit(case.source, "x", case.references)
+    assert result.shape == case.source.shape
+    assert np.abs(result.astype(int) - original).mean() < 1             # half precision, and nothing left out
+
+
+@pytest.mark.parametrize("part", ["vae", "dit"])
+def test_goes_on_where_it_was(part, few, tmp_path, monkeypatch):
+    """Four steps in one go, and in two runs of which the second has to find optimizer, learning rate and data again."""
+    if part == "dit":
+        run(monkeypatch, tmp_path / "whole", "tokenizer", "vae", "--vae-steps", 1)
+        shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    run(monkeypatch, tmp_path / "whole", part, f"--{part}-steps", 4)
+
+    class Killed(Exception):
+        pass
+
+    def killed_at(step, rng, loss_of):
+        if step == 3:
+            raise Killed
+        return loss_of(step, rng)
+
+    fit = pretrain.fit
+    monkeypatch.setattr(pretrain, "fit", lambda name, out, model, loss_of, *rest, **more: fit(
+        name, out, model, lambda step, rng: killed_at(step, rng, loss_of), *rest, minutes_between_saves=0, **more))
+    with pytest.raises(Killed):
+        run(monkeypatch, tmp_path / "halves", part, f"--{part}-steps", 4)
+    monkeypatch.setattr(pretrain, "fit", fit)
+    run(monkeypatch, tmp_path / "halves", part, f"--{part}-steps", 4)
+    whole, halves = (load_file(tmp_path / name / part / "model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_start_of_the_vae_shows_still_frames():
+    """Before any training, a clip in which nothing moves has equal frames: time is passed on, not mixed up."""
+    torch.manual_seed(0)
+    vae = WanVAE(pretrain.VAEConfig(**pretrain.VAE))
+    pretrain.quick_start(vae)
+    still = torch.rand(1, 3, 1, 16, 16).mul(2).sub(1).expand(-1, -1, 5, -1, -1)
+    with torch.no_grad():
+        shown = vae.reconstruct(vae.moments(still)[0])
+    assert shown.std() > 0.05 and (shown - shown[:, :, :1]).abs().max() < 1e-4
+
+
+def test_labels_are_what_the_caption_says():
+    case = world.sample(12)
+    labels = pretrain.Look.labels(pretrain.Look, world.caption(case.source_scene))
+    assert (labels[0] < 2).sum() == len(case.source_scene.things)
+    for thing in case.source_scene.things:
+        cell = world.PLACES.index(thing.places()[0])
+        words = [kind[number] for kind, number in zip(pretrain.Look.kinds, labels[:, cell].tolist())]
+        assert words == [thing.size, thing.color, thing.shape]
