@@ -18,6 +18,7 @@ Letters: B batch, T frames, F latent frames = 1 + (T-1)/4, H W pixels, h w = H/8
 import argparse
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -88,6 +89,40 @@ class Connector(nn.Module):
     def forward(self, features):
         """(B, Q, D) hidden states at the queries -> (B, Q, context_dim)."""
         return self.mlp(features)
+
+
+class Offload:
+    """Walks through the blocks of a model whose weights stay in their files: each has them only while it works.
+
+    `read(i)` -> {name: tensor} of block i, where they are needed. A thread reads one block ahead, so two are in memory.
+    """
+
+    def __init__(self, blocks, read):
+        self.blocks, self.read = blocks, read
+
+    def __iter__(self):
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self.fetch, 0)
+            for i, block in enumerate(self.blocks):
+                weights = coming.result()
+                if i + 1 < len(self.blocks):
+                    coming = reader.submit(self.fetch, i + 1)
+                block.load_state_dict(weights, strict=False, assign=True)   # not strict: LoRA stays where it is
+                yield block
+                if torch.cuda.is_available():
+                    torch.cuda.current_stream().synchronize()   # else the next copy could overwrite what is still in use
+                nowhere = {name: weight.to("meta") for name, weight in weights.items()}
+                block.load_state_dict(nowhere, strict=False, assign=True)
+
+    def fetch(self, i):
+        """read(i), on a GPU beside its work: on the one stream that threads share, a copy would wait for it."""
+        if not torch.cuda.is_available():
+            return self.read(i)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            weights = self.read(i)
+        stream.synchronize()
+        return weights
 
 
 class InstructX(nn.Module):
@@ -171,7 +206,7 @@ class InstructX(nn.Module):
         report("understand", 0, 1)
         # The unconditional branch sees the same pictures with an empty instruction, so guidance amplifies the words alone.
         wanted = [instruction] if guidance == 1 else [instruction, ""]
-        inputs = self.processor.collate([self.prompt(frames, words, references, fps) for words in wanted])
+        inputs = self.processor.collate([self.prompt(frames, words, references, fps) for words in wanted], same_pictures=True)
         context = self.context({name: value.to(device) for name, value in inputs.items()}, len(frames) > 1)  # (1 or 2, Q, 4096)
         report("understand", 1, 1)
 
@@ -186,7 +221,8 @@ class InstructX(nn.Module):
         report("denoise", 0, steps)
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(device)  # (1, 16, F, h, w)
         shape = (len(wanted), *noise.shape[1:])
-        condition = self.dit.condition(context.to(dtype), shape, source, latents)                   # what no step changes
+        timesteps = 1000 * sampler.sigmas()[:-1]
+        condition = self.dit.condition(context.to(dtype), shape, source, latents, timesteps)        # what no step changes
         velocity = guided(lambda z, t: self.dit.denoise(z.to(dtype), t, condition).float(), guidance)
         z = sampler.sample(velocity, noise, progress=lambda done: report("denoise", done, steps))
 
@@ -198,18 +234,19 @@ class InstructX(nn.Module):
         return np.concatenate(result)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=None, instructx=None, **settings):
+    def from_pretrained(cls, folder, device="cpu", dtype=None, instructx=None, offload=False, **settings):
         """Everything an edit needs, from one folder (layout: weights/README.md).
 
         `dtype` is that of the MLLM, the connector and the DiT; None keeps each file's own. The VAE always keeps its own, which is
         float32 as released: it is small, and its rounding errors would be seen. `instructx`: a folder that save_pretrained wrote,
-        to be used instead of the one in `folder`. `settings` take the place of those in config.json, or of a fresh start.
+        to be used instead of the one in `folder`. `offload` leaves the blocks of MLLM and DiT in their files and reads each when it
+        is its turn: the same result with a small part of the memory. `settings` take the place of those in config.json, or of a fresh start.
 
         Raises FileNotFoundError where a model is missing, ValueError where a checkpoint does not fit.
         """
         place = locate(folder, instructx)
-        mllm = Qwen2_5_VL.from_pretrained(place["mllm"], device, dtype)
-        dit = WanDiT.from_pretrained(place["dit"], device, dtype)
+        mllm = Qwen2_5_VL.from_pretrained(place["mllm"], device, dtype, Offload if offload else None)
+        dit = WanDiT.from_pretrained(place["dit"], device, dtype, Offload if offload else None)
         vae = WanVAE.from_pretrained(place["vae"], device)
         processor = Processor.from_pretrained(place["mllm"])
         if "instructx" not in place:

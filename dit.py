@@ -247,6 +247,7 @@ class Condition:
     rope: tuple                         # cos, sin: (L+R, 1, d/2)
     source: torch.Tensor | None         # (1 or B, L, D)
     references: torch.Tensor | None     # (B, R, D)
+    times: dict                         # t: what `embed_time` makes of it for one row, (1, D) and (1, 6, D)
 
 
 class WanDiT(nn.Module):
@@ -258,7 +259,7 @@ class WanDiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.gradient_checkpointing = config, False
+        self.config, self.gradient_checkpointing, self.offload = config, False, None
         D = config.dim
         self.patch_embedding = PatchEmbedding(config)
         self.source_embedding = None
@@ -292,14 +293,14 @@ class WanDiT(nn.Module):
             x = x + condition.source                                                    # (B, L, D)
         if condition.references is not None:
             x = torch.cat([x, condition.references], dim=1)                             # (B, L+R, D)
-        e = self.time_embedding(sinusoids(t, self.config.freq_dim))                     # (B, D)
-        e6 = self.time_projection(e).unflatten(1, (6, -1))                              # (B, 6, D)
-        for block, context in zip(self.blocks, condition.context):
+        known = condition.times.get(t[0].item()) if condition.times and t.min() == t.max() else None
+        e, e6 = known or self.embed_time(t)                                             # (B, D), (B, 6, D)
+        for block, context in zip(self.turns(), condition.context):
             x = self.run(block, x, e6, context, *condition.rope)                        # (B, L+R, D)
         v = self.head(x[:, :L], e)                                                      # (B, L, p*q*r*C)
         return unpatchify(v, self.grid(z.shape), self.config.patch_size).type_as(z)     # (B, C, F, h, w)
 
-    def condition(self, context, shape, source=None, references=(), cache=True):
+    def condition(self, context, shape, source=None, references=(), timesteps=(), cache=True):
         """All the work that is the same in every step of an edit.
 
         Args:
@@ -307,6 +308,7 @@ class WanDiT(nn.Module):
             shape: of z, (B, C, F, h, w).
             source: None or latents (B or 1, C, F, h, w), on the grid of z.
             references: latents (B or 1, C, 1, h', w') of any sizes.
+            timesteps: all that `denoise` will be called with, each for the whole batch; without them it embeds t itself.
             cache: hold the keys and values of the context for every block (14B, B = 2, Q = 512, bfloat16: 0.8 GB).
 
         Raises ValueError for shapes that do not go together.
@@ -320,10 +322,17 @@ class WanDiT(nn.Module):
         tokens = [self.patch_embedding(z).expand(shape[0], -1, -1) for z in references]     # (B, h'w', D) each
         return Condition(
             shape=shape,
-            context=[block.cross_attn.kv(context) if cache else context for block in self.blocks],
+            context=([block.cross_attn.kv(context) for block in self.turns()] if cache
+                     else [context] * len(self.blocks)),
             rope=tuple(torch.cat(parts).to(context.device) for parts in zip(*tables)),      # (L+R, 1, d/2) each
             source=None if source is None else self.embed_source(source),                   # (B, L, D)
-            references=torch.cat(tokens, dim=1) if tokens else None)                        # (B, R, D)
+            references=torch.cat(tokens, dim=1) if tokens else None,                        # (B, R, D)
+            times={t.item(): self.embed_time(t[None]) for t in torch.as_tensor(timesteps).to(context.device, torch.float32)})
+
+    def embed_time(self, t):
+        """t (B,) -> its embedding (B, D), for the head, and the projection of that (B, 6, D), for the blocks."""
+        e = self.time_embedding(sinusoids(t, self.config.freq_dim))
+        return e, self.time_projection(e).unflatten(1, (6, -1))
 
     def embed_source(self, source):
         """A patch embedding is linear: without its bias, adding tokens is adding latents, as the paper says."""
@@ -346,6 +355,10 @@ class WanDiT(nn.Module):
         """
         for block in self.blocks:
             block.compile()
+
+    def turns(self):
+        """The blocks in turn. Where they are offloaded, each has its weights from here to the next one only."""
+        return self.blocks if self.offload is None else self.offload
 
     def run(self, block, *inputs):
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -388,24 +401,35 @@ class WanDiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu", dtype=None):
+    def from_pretrained(cls, path, device="cpu", dtype=None, offload=None):
         """A checkpoint with official or diffusers names: a file, or a folder with one file or an index of shards.
 
         dtype None keeps what is stored. With a dtype, what the official code runs in float32 (time embedding and
         projection, modulation tables, norms and head: 1.3 % of the 14B) becomes float32 all the same.
+        offload: leaves the weights of the blocks in their files; offload(blocks, read), with read(i) -> {name: tensor}
+        of block i, makes what the model then walks through in place of its blocks (see connector.py).
         Raises FileNotFoundError, or ValueError for anything that does not fit.
         """
         files = find_files(Path(path))
         with torch.device("meta"):
             model = cls(read_config(files[0].parent / "config.json"))
         tensors = {}
-        for name, tensor in read_tensors(files, device):        # cast one by one, never two copies of the model
+        for name, tensor in read_tensors(files, "cpu" if offload else device):
             name = official_name(name)
             if name in tensors:
                 raise ValueError(f"{path} holds {name} twice")
-            tensors[name] = tensor.to(stored_dtype(name, tensor.dtype, dtype))
+            dtype_here = stored_dtype(name, tensor.dtype, dtype)    # cast one by one, never two copies of the model
+            tensors[name] = tensor.to("meta" if offload and name.startswith("blocks.") else device, dtype_here)
         check_tensors(model.state_dict(), tensors, path)
         model.load_state_dict(tensors, assign=True)
+
+        def read(i):
+            block = f"blocks.{i}."
+            stored = read_tensors(files, "cpu", lambda name: name.startswith(block))
+            return {name.removeprefix(block): tensor.to(device, stored_dtype(name, tensor.dtype, dtype))
+                    for name, tensor in ((official_name(name), tensor) for name, tensor in stored)}
+
+        model.offload = offload and offload(model.blocks, read)
         return model
 
     def save_pretrained(self, folder, dtype=None):
@@ -500,15 +524,15 @@ def find_files(path):
     return files
 
 
-def read_tensors(files, device):
-    """Yields (name, tensor) of all files, mapped rather than read."""
+def read_tensors(files, device, wanted=lambda name: True):
+    """Yields (name, tensor) of all files, as far as `wanted`, mapped rather than read."""
     for file in files:
         if file.suffix != ".safetensors":
-            yield from ((name, tensor.to(device)) for name, tensor in read_pickle(file).items())
+            yield from ((name, tensor.to(device)) for name, tensor in read_pickle(file).items() if wanted(name))
             continue
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())
+                yield from ((name, tensors.get_tensor(name)) for name in tensors.keys() if wanted(name))
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
 

@@ -26,6 +26,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import imageio
@@ -282,6 +283,7 @@ class VisionTower(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.offload = None                                                 # see Qwen2_5_VL.from_pretrained
         self.merger = PatchMerger(config)
 
     def rope(self, rows, columns):
@@ -303,7 +305,7 @@ class VisionTower(nn.Module):
         window_rope, frame_rope = [y[by_window] for y in rope], [y[by_frame] for y in rope]
 
         x = self.patch_embed(patches)[by_window]                            # (N, width)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.offload or self.blocks):
             if i in self.config.fullatt_block_indexes:
                 x = block(x[to_frames], frames, frame_rope)[to_windows]     # (N, width)
             else:
@@ -351,6 +353,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.offload = None                                                 # see Qwen2_5_VL.from_pretrained
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rope(self, positions):
@@ -367,7 +370,7 @@ class Decoder(nn.Module):
         prompt, one token at a time.
         """
         rope = self.rope(positions.to(x.device))
-        for layer in self.layers:
+        for layer in self.offload or self.layers:
             if recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, mask, use_reentrant=False)
             else:
@@ -439,18 +442,20 @@ class Qwen2_5_VL(nn.Module):
         self.apply(init_weights)
 
     def embed(self, input_ids, image_patches=None, image_grids=None, video_patches=None, video_grids=None):
-        """(B, L) ids and the patches of all rows in turn -> (B, L, D): vision embeddings in place of their tokens."""
+        """(B, L) ids and patches as of `forward` -> (B, L, D): vision embeddings in place of their tokens."""
         weight, ids = self.model.embed_tokens.weight, input_ids.cpu()
         x = self.model.embed_tokens(input_ids.to(weight.device))
         for patches, grids, token in ((image_patches, image_grids, self.config.image_token_id),
                                       (video_patches, video_grids, self.config.video_token_id)):
             places = (ids.flatten() == token).nonzero()[:, 0]
             needed = sum(t * h * w for t, h, w in grids_of(grids)) // self.config.vision_config.spatial_merge_size ** 2
-            if len(places) != needed or (patches is None) != (grids is None):
+            times = showings(ids, token, needed)
+            if len(places) != needed * times or (patches is None) != (grids is None):
                 raise ValueError(f"the prompt has {len(places)} tokens of id {token}, the pictures have {needed}")
             if patches is not None:
                 check_patches(patches, grids, self.config.vision_config)
                 seen = self.visual(patches.to(weight.device), grids_of(grids)).type_as(x)           # (N/4, D)
+                seen = seen.repeat(times, 1)
                 x = x.flatten(0, 1).index_copy(0, places.to(x.device), seen).view_as(x)
         return x
 
@@ -462,9 +467,12 @@ class Qwen2_5_VL(nn.Module):
         seconds = [1.0] * len(videos) if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts).tolist()
         if len(seconds) != len(videos):
             raise ValueError(f"{len(seconds)} second_per_grid_ts for {len(videos)} videos")
-        images = iter([(t, h // merge, w // merge, 0.0) for t, h, w in grids_of(image_grid_thw)])
-        videos = iter([(t, h // merge, w // merge, s) for (t, h, w), s in zip(videos, seconds)])
+        images = [(t, h // merge, w // merge, 0.0) for t, h, w in grids_of(image_grid_thw)]
+        videos = [(t, h // merge, w // merge, s) for (t, h, w), s in zip(videos, seconds)]
         rows, length = input_ids.tolist(), input_ids.shape[1]
+        images, videos = (
+            iter(blocks * showings(input_ids, token, sum(t * h * w for t, h, w, _ in blocks)))
+            for blocks, token in ((images, self.config.image_token_id), (videos, self.config.video_token_id)))
         padding = [0] * len(rows) if attention_mask is None else (length - attention_mask.sum(dim=1)).tolist()
         result = torch.zeros(3, len(rows), length + queries, dtype=torch.long)
         for b, (ids, skip) in enumerate(zip(rows, padding)):
@@ -480,7 +488,8 @@ class Qwen2_5_VL(nn.Module):
         Args:
             input_ids: (B, L) int64. Best left on the CPU, as the processor returns it: positions are computed there.
             attention_mask: (B, L), 0 for padding, which must be on the left and changes nothing for the real tokens.
-            pixel_values, pixel_values_videos: (N, 1176) patches of the images, of the videos, of all rows in turn.
+            pixel_values, pixel_values_videos: (N, 1176) patches of the images, of the videos, of all rows in turn; or
+                of one row, if every row shows the same.
             image_grid_thw, video_grid_thw: (n, 3) their frames, rows and columns in patches.
             second_per_grid_ts: (n videos,) seconds from one temporal patch to the next; 1.0 if left out, as released.
             queries: (Q, D) or (B, Q, D) embeddings to stand after the last token.
@@ -528,22 +537,29 @@ class Qwen2_5_VL(nn.Module):
         return processor.tokenizer.decode(ids, skip_special_tokens=True)
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu", dtype=None):
+    def from_pretrained(cls, path, device="cpu", dtype=None, offload=None):
         """path: a folder with config.json and safetensors (one file, or an index of shards), or one file beside it.
 
         dtype None keeps what is stored. On the CPU tensors are mapped, not read. Without a config.json it is the 3B.
+        offload: leaves the weights of the blocks of both towers in their files; offload(blocks, read), with read(i) ->
+        {name: tensor} of block i, makes what a tower then walks through in place of its blocks (see connector.py).
         Raises FileNotFoundError, or ValueError for anything that does not fit.
         """
         files = find_files(Path(path))
         with torch.device("meta"):
             model = cls(read_config(files[0].parent / "config.json"))
-        tensors = {official_name(name): t for file in files for name, t in read_tensors(file, device).items()}
+        tensors = read_tensors(files, "cpu" if offload else device)
         if model.config.tie_word_embeddings and "lm_head.weight" in tensors:
             # Some exports store the tied head a second time. Only a copy may be dropped: otherwise it is no tied model.
             if torch.equal(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight", torch.empty(0))):
                 del tensors["lm_head.weight"]
         check_tensors(model.state_dict(), tensors, path)
-        model.load_state_dict({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, assign=True)
+        towers = {"visual.blocks.": model.visual, "model.layers.": model.model} if offload else {}
+        model.load_state_dict({name: t.to("meta" if name.startswith(tuple(towers)) else device, dtype or t.dtype)
+                               for name, t in tensors.items()}, assign=True)
+        for prefix, tower in towers.items():
+            blocks = model.get_submodule(prefix.rstrip("."))
+            tower.offload = offload(blocks, partial(read_block, files, prefix, device, dtype))
         return model.eval()
 
     def save_pretrained(self, folder):
@@ -564,6 +580,11 @@ def init_weights(module):
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
+
+
+def showings(input_ids, token, needed):
+    """How often the pictures, of `needed` tokens in all, are shown: by every row, if each has that many, else once."""
+    return len(input_ids) if ((input_ids == token).sum(dim=1) == needed).all() else 1
 
 
 def grids_of(grid_thw):
@@ -589,11 +610,11 @@ class LoRALinear(nn.Linear):
     Float32 because steps of 1e-5 vanish in bfloat16 weights. B starts at zero, so nothing changes before training.
     """
 
-    def __init__(self, linear, rank, alpha):
+    def __init__(self, linear, rank, alpha, device=None):
         nn.Module.__init__(self)                                    # not Linear's: the weight is taken over, not made
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.rank, self.alpha = linear.weight, linear.bias, rank, alpha
-        options = {"bias": False, "device": linear.weight.device, "dtype": torch.float32}
+        options = {"bias": False, "device": device or linear.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(linear.in_features, rank, **options)  # nn.Linear starts as kaiming_uniform(a=sqrt(5))
         self.lora_B = nn.Linear(rank, linear.out_features, **options)
         nn.init.zeros_(self.lora_B.weight)
@@ -628,10 +649,11 @@ def add_lora(model, rank=64, alpha=64, targets=LORA_TARGETS):
     if unknown or rank < 1 or not targets:
         raise ValueError(f"LoRA of rank {rank} on {list(targets)}: rank is 1 or more, targets are of {LORA_TARGETS}")
     model.requires_grad_(False)
+    device = model.model.embed_tokens.weight.device                 # offloaded layers have none of their own
     for name, linear in layers.items():
         parent, _, leaf = name.rpartition(".")
         if leaf in targets:
-            setattr(model.model.get_submodule(parent), leaf, LoRALinear(linear, rank, alpha))
+            setattr(model.model.get_submodule(parent), leaf, LoRALinear(linear, rank, alpha, device))
 
 
 def merge_lora(model):
@@ -655,7 +677,7 @@ def load_lora(model, tensors):
     if not expected:
         raise ValueError("the model has no LoRA to fill: call add_lora(model, rank, alpha, targets) first")
     check_tensors(expected, given, "the LoRA")
-    given = {name: t.to(expected[name].device) for name, t in given.items()}
+    given = {name: t.to(model.model.embed_tokens.weight.device) for name, t in given.items()}
     model.load_state_dict(given, strict=False, assign=True)
 
 
@@ -713,13 +735,24 @@ def find_files(path):
     return found
 
 
-def read_tensors(file, device):
-    """{name: tensor} of one file; on the CPU mapped rather than read."""
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated, damaged, or not a safetensors file: {error}") from None
+def read_tensors(files, device, wanted=lambda name: True):
+    """{official name: tensor} of all files, as far as `wanted`; on the CPU mapped rather than read."""
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as stored:
+                names = {official_name(name): name for name in stored.keys()}
+                tensors |= {ours: stored.get_tensor(name) for ours, name in names.items() if wanted(ours)}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated, damaged, or not a safetensors file: {error}") from None
+    return tensors
+
+
+def read_block(files, prefix, device, dtype, i):
+    """{name: tensor} of the block whose official names start with `prefix` and i."""
+    block = f"{prefix}{i}."
+    tensors = read_tensors(files, "cpu", lambda name: name.startswith(block))
+    return {name.removeprefix(block): t.to(device, dtype or t.dtype) for name, t in tensors.items()}
 
 
 def check_tensors(expected, given, source):
@@ -889,15 +922,18 @@ class Processor:
         return {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid]),
                 "second_per_grid_ts": torch.tensor([self.temporal_patch_size / fps])}
 
-    def collate(self, prompts):
-        """What several calls returned -> one batch, padded on the left, with an attention_mask."""
+    def collate(self, prompts, same_pictures=False):
+        """What several calls returned -> one batch, padded on the left, with an attention_mask.
+
+        same_pictures: all prompts show the same, so the vision tower need see them only once.
+        """
         length = max(prompt["input_ids"].shape[1] for prompt in prompts)
         left = [length - prompt["input_ids"].shape[1] for prompt in prompts]
         ids = [F.pad(prompt["input_ids"], (n, 0), value=self.pad_id) for prompt, n in zip(prompts, left)]
         mask = torch.arange(length) >= torch.tensor(left)[:, None]
         batch = {"input_ids": torch.cat(ids), "attention_mask": mask.long()}
         for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
-            if found := [prompt[key] for prompt in prompts if key in prompt]:
+            if found := [prompt[key] for prompt in (prompts[:1] if same_pictures else prompts) if key in prompt]:
                 batch[key] = torch.cat(found)
         return batch
 

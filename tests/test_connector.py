@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from conftest import make_tiny_weights
 from safetensors.torch import load_file, save_file
 
 import connector
-from connector import InstructX, InstructXConfig, locate, pad, shrink, spread
-from dit import FLOAT32
+from connector import InstructX, InstructXConfig, Offload, locate, pad, shrink, spread
+from dit import FLOAT32, WanDiT
+from dit import PRESETS as DIT_PRESETS
 from mllm import Qwen2_5_VL, merge_lora
 from sampler import FlowSampler
 
@@ -86,6 +88,75 @@ def test_guidance_one_is_a_single_branch(model, monkeypatch):
     assert set(batches) == {1}
     model.edit(IMAGE, "make it night", guidance=1.5)
     assert set(batches) == {1, 2}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("frames, references", [(IMAGE, REFERENCES), (CLIP, [])])
+def test_offloaded_is_resident(tmp_path, trained, frames, references):
+    """Weights that are read block by block edit alike, byte for byte, and LoRA on layers without weights is not lost."""
+    folder = make_tiny_weights(tmp_path, trained=trained)
+    resident, offloaded = (InstructX.from_pretrained(folder, offload=offload) for offload in (False, True))
+    results = [model.edit(frames, "make it night", references, steps=2) for model in (resident, offloaded)]
+    assert np.array_equal(*results)
+    blocks = [*offloaded.dit.blocks, *offloaded.mllm.model.layers, *offloaded.mllm.visual.blocks]
+    lora = {name for name, _ in offloaded.mllm.named_parameters() if "lora_" in name}
+    assert all(p.is_meta for block in blocks for name, p in block.named_parameters() if "lora_" not in name)
+    assert lora and not any(offloaded.mllm.get_parameter(name).is_meta for name in lora)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_offloaded_dit_reads_every_layout(tmp_path, dtype):
+    """One file, shards and a pickle, each with the dtypes that the whole model would have."""
+    torch.manual_seed(0)
+    dit = WanDiT(DIT_PRESETS["tiny"])
+    dit.save_pretrained(tmp_path / "one")
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    for folder in ("shards", "pickle"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(tmp_path / "one" / "config.json", tmp_path / folder)
+    files = {"a.safetensors": list(tensors)[::2], "b.safetensors": list(tensors)[1::2]}     # each block lies in both
+    for file, names in files.items():
+        save_file({name: tensors[name] for name in names}, tmp_path / "shards" / file)
+    index = {"weight_map": {name: file for file, names in files.items() for name in names}}
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.save(tensors, tmp_path / "pickle" / "model.pth")
+    z, context = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 7, 48)
+    for folder in ("one", "shards", "pickle"):
+        resident, offloaded = (WanDiT.from_pretrained(tmp_path / folder, dtype=dtype, offload=offload) for offload in (None, Offload))
+        with torch.no_grad():
+            assert torch.equal(*(model(z, torch.tensor([300.0]), context) for model in (resident, offloaded)))
+        read = offloaded.offload.read(0)
+        for name, parameter in resident.blocks[0].named_parameters():
+            assert read[name].dtype == parameter.dtype and torch.equal(read[name], parameter), name
+
+
+def test_offload_holds_two_blocks_at_most():
+    """The one that works, and the one that is read meanwhile."""
+    alive, most = weakref.WeakSet(), []
+
+    def read(i):
+        weight = torch.full((2, 2), float(i))
+        alive.add(weight)
+        most.append(len(alive))
+        return {"weight": weight}
+
+    blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False, device="meta") for _ in range(6))
+    for _ in range(2):
+        seen = [block.weight[0, 0].item() for block in Offload(blocks, read)]
+        assert seen == [0, 1, 2, 3, 4, 5] and all(block.weight.is_meta for block in blocks)
+    assert len(most) == 12 and max(most) == 2
+
+
+def test_offload_says_what_cannot_be_read():
+    """An error in the reading thread is the error of the edit, not a hang."""
+    def read(i):
+        if i == 2:
+            raise ValueError("block 2 is damaged")
+        return {"weight": torch.ones(2, 2)}
+
+    blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False, device="meta") for _ in range(4))
+    with pytest.raises(ValueError, match="block 2 is damaged"):
+        list(Offload(blocks, read))
 
 
 def test_all_that_an_edit_depends_on(model):
