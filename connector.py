@@ -177,7 +177,7 @@ class InstructX(nn.Module):
 
     @torch.inference_mode()
     def edit(self, frames, instruction, references=(), steps=None, guidance=None, shift=None, seed=0, fps=16.0,
-             solver="unipc", progress=None):
+             solver="unipc", progress=None, write=None):
         """Edits one image or clip.
 
         Args:
@@ -190,6 +190,7 @@ class InstructX(nn.Module):
             seed: of the noise, drawn on the CPU so that devices agree.
             fps: frame rate of `frames`, which tells the MLLM how fast things move.
             progress: called as progress(phase, done, total) for the phases "understand", "encode", "denoise", "decode".
+            write: called with pieces of the result, uint8 (t, H, W, 3), as they are decoded; nothing is returned then.
 
         Returns: uint8 array of the shape of `frames`. Raises ValueError for arguments that make no edit.
         """
@@ -227,11 +228,12 @@ class InstructX(nn.Module):
         z = sampler.sample(velocity, noise, progress=lambda done: report("denoise", done, steps))
 
         report("decode", 0, len(frames))
-        result = []
+        result, done = [], 0
         for piece in self.decode(z, frames.shape):
-            result.append(piece)
-            report("decode", sum(map(len, result)), len(frames))
-        return np.concatenate(result)
+            write(piece) if write else result.append(piece)
+            done += len(piece)
+            report("decode", done, len(frames))
+        return None if write else np.concatenate(result)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=None, instructx=None, offload=False, **settings):

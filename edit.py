@@ -25,6 +25,7 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -278,26 +279,52 @@ def write_image(path, frame, source=None):
         image.save(partial, **options)
 
 
-def write_clip(path, frames, fps, source=None, progress=None):
-    """Writes uint8 (T, H, W, 3) at `fps` (Fraction or number) as the extension says. Raises OSError if ffmpeg fails.
+def write_clip(path, frames, fps, source=None):
+    """Writes uint8 (T, H, W, 3) at `fps` as the extension says; `source` and errors as of `clip_writer`."""
+    with clip_writer(path, frames.shape, fps, source) as write:
+        for frame in frames:
+            write(frame)
+
+
+@contextlib.contextmanager
+def clip_writer(path, shape, fps, source=None):
+    """A clip of `shape` (T, H, W, 3) at `fps` (Fraction or number), kind as the extension says: gives `write(frame)`.
 
     `source`: the Media whose sound and kind of colors go along. Sound is copied where the format takes it, else coded
-    anew; it is cut where the frames are only the first of the source. `progress`: as of InstructX.edit.
+    anew; it is cut where the frames are only the first of the source. Raises OSError if ffmpeg fails.
     """
     path, kind = Path(path), Path(path).suffix.lower()
-    source = source or Media(path, frames)
-    codecs = ("copy", "libopus" if kind == ".webm" else "aac") if source.sound and kind not in SILENT else (None,)
-    with whole(path) as partial:
-        for codec in codecs:
-            problem = encode(encoder(partial, kind, frames, Fraction(fps), source, codec), frames, progress)
-            if not problem:
-                return
-        raise OSError(f"{path} could not be written: {problem}")
+    source = source or Media(path, np.empty(shape, np.uint8))
+    with whole(path) as partial, tempfile.TemporaryFile() as log:
+        command = encoder(partial, kind, shape, Fraction(fps), source, sound_codec(source, kind))
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log)
+        try:
+            with contextlib.suppress(BrokenPipeError), process.stdin:   # broken: it gave up, and its log says why
+                yield lambda frame: process.stdin.write(np.ascontiguousarray(frame))
+            failed = process.wait()
+        finally:
+            process.kill()                                          # no effect unless the above was cut short
+            process.wait()
+        if failed:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+            raise OSError(f"{path} could not be written: {(lines or [f'ffmpeg ended with {failed}'])[-1]}")
 
 
-def encoder(path, kind, frames, fps, source, sound):
+def sound_codec(source, kind):
+    """"copy" where the format takes the sound of `source` as it is, the name of a codec where not, None for silence."""
+    if not source.sound or kind in SILENT:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=kind) as trial:         # formats refuse a codec when they are opened
+        command = [get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y", "-i", os.path.abspath(source.path), "-map", "0:a",
+                   "-c", "copy", "-t", "1", trial.name]
+        copied = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    return "copy" if copied else "libopus" if kind == ".webm" else "aac"
+
+
+def encoder(path, kind, shape, fps, source, sound):
     """The command that reads raw frames from stdin and writes `path`. `sound`: codec, "copy", or None for silence."""
-    length, height, width, _ = frames.shape
+    length, height, width = shape[:3]
     fps = fps.limit_denominator(100_000)
     inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", str(fps), "-i", "-"]
     if sound:
@@ -319,25 +346,6 @@ def encoder(path, kind, frames, fps, source, sound):
     return [get_ffmpeg_exe(), "-v", "error", "-y", *inputs, "-vf", filters, "-r", str(fps),
             "-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
             *CLIP_OPTIONS[kind].split(), os.path.abspath(path)]
-
-
-def encode(command, frames, progress):
-    """Runs ffmpeg on the frames -> what it says last if it fails, else None."""
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log)
-        try:
-            with contextlib.suppress(BrokenPipeError), process.stdin:   # broken: it gave up, and its log says why
-                for i, frame in enumerate(frames):
-                    process.stdin.write(np.ascontiguousarray(frame))
-                    if progress:
-                        progress("write", i, len(frames))
-            failed = process.wait()
-        finally:
-            process.kill()                                          # no effect unless Ctrl-C ended the above
-            process.wait()
-        log.seek(0)
-        lines = log.read().decode(errors="replace").strip().splitlines()
-    return (lines or [f"ffmpeg ended with {failed}"])[-1] if failed else None
 
 
 # ---------- the terminal
@@ -447,6 +455,8 @@ def parser():
     add("--dtype", choices=("float32", "bfloat16"),
         help="of all models but the VAE (default: bfloat16 on CUDA, else float32)")
     add("--compile", action="store_true", help="compile the DiT's blocks: slower to start, faster steps")
+    add("--offload", action="store_true", help="leave MLLM and DiT in their files and read each block when it is its turn: "
+        "the same result in a small part of the memory")
     return made
 
 
@@ -529,7 +539,7 @@ def load(args):
     except (RuntimeError, AssertionError, NotImplementedError) as error:    # torch has no one error for this
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {device} is not available ({reason}); cpu always is") from None
-    model = InstructX.from_pretrained(args.weights, device, getattr(torch, dtype))
+    model = InstructX.from_pretrained(args.weights, device, getattr(torch, dtype), offload=args.offload)
     if not model.trained:
         note(f"warning: {args.weights} holds no instructx/, so queries and connector are random: the result will not "
              "follow the instruction")
@@ -545,21 +555,26 @@ def edit(args):
     phases = Phases()
     phases("load", 0, 1)
     model, phases.device = load(args)
-    result = model.edit(source.frames, args.instruction, references, args.steps, args.guidance, args.shift, args.seed,
-                        float(source.fps or 16), args.solver, phases)
-    outputs = {args.output: result}
-    if args.compare:
-        beside = np.concatenate([source.frames, result], axis=2)
-        outputs[compared(args.output)] = beside
-    for path, frames in outputs.items():
-        phases("write", 0, len(frames))
+    outputs = [args.output, compared(args.output)] if args.compare else [args.output]
+    length, height, width, _ = source.frames.shape
+    with contextlib.ExitStack() as opened:
         if source.is_video:
-            write_clip(path, frames, source.fps, source, phases)
-        else:
-            write_image(path, frames[0], source if frames is result else None)
+            writers = [opened.enter_context(clip_writer(path, (length, height, width * times), source.fps, source))
+                       for times, path in enumerate(outputs, 1)]
+        else:                           # alpha, profile and EXIF go along with the result, not with the comparison
+            writers = [partial(write_image, path, source=media) for path, media in zip(outputs, (source, None))]
+        before = iter(source.frames)
+
+        def write(piece):
+            for frame in piece:
+                for put, pictures in zip(writers, ([frame], [next(before), frame])):
+                    put(np.concatenate(pictures, axis=1))
+
+        model.edit(source.frames, args.instruction, references, args.steps, args.guidance, args.shift, args.seed,
+                   float(source.fps or 16), args.solver, phases, write)
     phases.end()
     print(phases.table(), file=sys.stderr)
-    return list(outputs)
+    return outputs
 
 
 def main(argv=None):
