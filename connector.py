@@ -236,28 +236,32 @@ class InstructX(nn.Module):
         return None if write else np.concatenate(result)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=None, instructx=None, offload=False, **settings):
+    def from_pretrained(cls, folder, device="cpu", dtype=None, instructx=None, offload=False, group=None, **settings):
         """Everything an edit needs, from one folder (layout: weights/README.md).
 
         `dtype` is that of the MLLM, the connector and the DiT; None keeps each file's own. The VAE always keeps its own, which is
         float32 as released: it is small, and its rounding errors would be seen. `instructx`: a folder that save_pretrained wrote,
         to be used instead of the one in `folder`. `offload` leaves the blocks of MLLM and DiT in their files and reads each when it
-        is its turn: the same result with a small part of the memory. `settings` take the place of those in config.json, or of a fresh start.
+        is its turn: the same result with a small part of the memory. `group`: of processes (torch.distributed) that share out the
+        DiT, its weights and its tokens. `settings` take the place of those in config.json, or of a fresh start.
 
         Raises FileNotFoundError where a model is missing, ValueError where a checkpoint does not fit.
         """
         place = locate(folder, instructx)
         mllm = Qwen2_5_VL.from_pretrained(place["mllm"], device, dtype, Offload if offload else None)
-        dit = WanDiT.from_pretrained(place["dit"], device, dtype, Offload if offload else None)
+        dit = WanDiT.from_pretrained(place["dit"], device, dtype, Offload if offload or group else None)
         vae = WanVAE.from_pretrained(place["vae"], device)
         processor = Processor.from_pretrained(place["mllm"])
-        if "instructx" not in place:
-            return cls.untrained(mllm, processor, dit, vae, **settings)
-        config = replace(InstructXConfig.from_file(place["instructx"] / "config.json"), **settings)
-        with torch.device("meta"):
-            connector = Connector(config)
-        model = cls(config, mllm, processor, connector, dit, vae)
-        model.load(place["instructx"] / "model.safetensors", device, dtype)
+        if "instructx" in place:
+            config = replace(InstructXConfig.from_file(place["instructx"] / "config.json"), **settings)
+            with torch.device("meta"):
+                connector = Connector(config)
+            model = cls(config, mllm, processor, connector, dit, vae)
+            model.load(place["instructx"] / "model.safetensors", device, dtype)
+        else:
+            model = cls.untrained(mllm, processor, dit, vae, **settings)
+        if group:
+            model.dit.parallelize(group, device)
         return model.eval()
 
     @classmethod

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -172,26 +173,65 @@ def attention(q, k, v):
     return x.transpose(1, 2).flatten(2)
 
 
+# Ulysses (arXiv 2309.14509): each of P processes holds n tokens, but for attention all tokens of K/P heads.
+
+
+def own_tokens(x, group):
+    """(B, L, D) -> this process's (B, n, D) of them; zeros fill up the last."""
+    x = F.pad(x, (0, 0, 0, -x.shape[1] % group.size()))
+    return x.chunk(group.size(), dim=1)[group.rank()]
+
+
+def all_tokens(x, group):
+    """The reverse, zeros included: (B, n, D) -> (B, P*n, D)."""
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=1)
+
+
+def exchange(parts, group):
+    """(P, ...) -> (P, ...): part i goes to process i, and what comes from it takes its place."""
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous(), group=group)
+    return received
+
+
+def tokens_to_heads(x, group, L):
+    """(B, n, K, d) -> (B, L, K/P, d)"""
+    return exchange(x.unflatten(2, (group.size(), -1)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)[:, :L]
+
+
+def heads_to_tokens(x, group):
+    """(B, L, K/P, d) -> (B, n, K, d)"""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % group.size()))
+    return exchange(x.unflatten(1, (group.size(), -1)).movedim(1, 0), group).movedim(0, 2).flatten(2, 3)
+
+
 # Layers.
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_dim = config.dim // config.num_heads
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
 
     def heads(self, x):
-        return x.unflatten(-1, (self.num_heads, -1))            # (B, L, D) -> (B, L, K, d)
+        return x.unflatten(-1, (-1, self.head_dim))             # (B, L, D) -> (B, L, K, d)
 
 
 class SelfAttention(Attention):
+    group = None                                                # of processes that share the tokens; see `parallelize`
+
     def forward(self, x, cos, sin):
-        v = self.heads(self.v(x))
-        q = rotate(self.heads(self.norm_q(self.q(x))), cos, sin).type_as(v)
-        k = rotate(self.heads(self.norm_k(self.k(x))), cos, sin).type_as(v)
-        return self.o(attention(q, k, v))
+        q, k, v = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+        if self.group:
+            q, k, v = (tokens_to_heads(y, self.group, len(cos)) for y in (q, k, v))
+        y = attention(rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v), v)
+        if self.group:
+            y = heads_to_tokens(self.heads(y), self.group).flatten(2)
+        return self.o(y)
 
 
 class CrossAttention(Attention):
@@ -259,7 +299,8 @@ class WanDiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.gradient_checkpointing, self.offload = config, False, None
+        self.config, self.gradient_checkpointing = config, False
+        self.offload = self.group = None
         D = config.dim
         self.patch_embedding = PatchEmbedding(config)
         self.source_embedding = None
@@ -295,8 +336,10 @@ class WanDiT(nn.Module):
             x = torch.cat([x, condition.references], dim=1)                             # (B, L+R, D)
         known = condition.times.get(t[0].item()) if condition.times and t.min() == t.max() else None
         e, e6 = known or self.embed_time(t)                                             # (B, D), (B, 6, D)
+        x = own_tokens(x, self.group) if self.group else x                              # (B, n, D) of (B, L+R, D)
         for block, context in zip(self.turns(), condition.context):
             x = self.run(block, x, e6, context, *condition.rope)                        # (B, L+R, D)
+        x = all_tokens(x, self.group) if self.group else x
         v = self.head(x[:, :L], e)                                                      # (B, L, p*q*r*C)
         return unpatchify(v, self.grid(z.shape), self.config.patch_size).type_as(z)     # (B, C, F, h, w)
 
@@ -309,7 +352,8 @@ class WanDiT(nn.Module):
             source: None or latents (B or 1, C, F, h, w), on the grid of z.
             references: latents (B or 1, C, 1, h', w') of any sizes.
             timesteps: all that `denoise` will be called with, each for the whole batch; without them it embeds t itself.
-            cache: hold the keys and values of the context for every block (14B, B = 2, Q = 512, bfloat16: 0.8 GB).
+            cache: hold the keys and values of the context for every block (14B, B = 2, Q = 512, bfloat16: 0.8 GB); not
+                where the weights are shared out, since a block is whole only while it runs.
 
         Raises ValueError for shapes that do not go together.
         """
@@ -322,7 +366,7 @@ class WanDiT(nn.Module):
         tokens = [self.patch_embedding(z).expand(shape[0], -1, -1) for z in references]     # (B, h'w', D) each
         return Condition(
             shape=shape,
-            context=([block.cross_attn.kv(context) for block in self.turns()] if cache
+            context=([block.cross_attn.kv(context) for block in self.turns()] if cache and not self.group
                      else [context] * len(self.blocks)),
             rope=tuple(torch.cat(parts).to(context.device) for parts in zip(*tables)),      # (L+R, 1, d/2) each
             source=None if source is None else self.embed_source(source),                   # (B, L, D)
@@ -355,6 +399,26 @@ class WanDiT(nn.Module):
         """
         for block in self.blocks:
             block.compile()
+
+    def parallelize(self, group, device):
+        """Shares this model out among the processes of `group`, for `denoise` without gradients, and moves it to `device`.
+
+        Each holds a part of every block's weights (FSDP2), which come together while the block runs, and works on a
+        part of the tokens (Ulysses). All must call with the same inputs, and all get the whole result. A block that is
+        offloaded is read and cut up when it is its turn. ValueError if the heads do not divide.
+        """
+        if self.config.num_heads % group.size():
+            raise ValueError(f"{self.config.num_heads} heads cannot be shared out among {group.size()} processes")
+        from torch.distributed.device_mesh import DeviceMesh    # here and not at the top: these take a second
+        from torch.distributed.fsdp import fully_shard
+        mesh = DeviceMesh.from_group(group, torch.device(device).type)
+        for i, block in enumerate(self.blocks):
+            if self.offload:
+                block.load_state_dict(self.offload.read(i), assign=True)
+            fully_shard(block.to(device).requires_grad_(False), mesh=mesh)
+            block.self_attn.group = group
+        self.group, self.offload = group, None
+        return self.to(device)
 
     def turns(self):
         """The blocks in turn. Where they are offloaded, each has its weights from here to the next one only."""

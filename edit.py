@@ -2,6 +2,7 @@
 
     python edit.py photo.jpg "make it night" -o night.jpg
     python edit.py clip.mp4 "put this hat on the dog" --ref hat.png -o hat.mp4 --steps 30 --seed 1
+    torchrun --nproc-per-node 4 edit.py clip.mp4 "make it night" -o night.mp4   # the DiT on four GPUs
 
 Whether the input is an image or a clip is told by its content, not by its name. The result has its size, number of
 frames, frame rate and sound, and lies on it pixel for pixel; it appears under its name only when it is whole.
@@ -13,6 +14,7 @@ a broken file is reported at once and not after seconds of imports.
 """
 
 import argparse
+import atexit
 import contextlib
 import itertools
 import math
@@ -53,6 +55,7 @@ SILENT = (".gif", ".webp", ".png")
 EXACT = "bicubic+accurate_rnd+full_chroma_int"
 MATRICES = {"bt709": "bt709", "smpte170m": "smpte170m", "bt470bg": "bt470", "bt2020nc": "bt2020"}  # as `scale` has them
 
+LEADS = os.environ.get("RANK", "0") == "0"     # under torchrun one process writes and speaks for all
 SMALLEST, LARGEST, LARGEST_AREA = 16, 8192, 4096 * 4096             # pixels
 MOST_NARROW = 200                                                   # the MLLM takes sides of less than 200 to 1
 
@@ -361,7 +364,7 @@ class Phases:
         if phase != self.phase:
             self.end()
             self.phase, self.start = phase, time.perf_counter()
-            self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=None)     # None: only on a terminal
+            self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=None if LEADS else True)  # None: only on a terminal
         self.bar.update(done - self.bar.n)
 
     def end(self):
@@ -461,7 +464,8 @@ def parser():
 
 
 def note(text):
-    print(f"edit.py: {text}", file=sys.stderr)
+    if LEADS:
+        print(f"edit.py: {text}", file=sys.stderr)
 
 
 def check_size(path, width, height):
@@ -532,14 +536,21 @@ def load(args):
     import torch                        # here and not at the top: seconds, which a mistyped option should not cost
 
     from connector import InstructX
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:    # torch has no one error for this
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {device} is not available ({reason}); cpu always is") from None
-    model = InstructX.from_pretrained(args.weights, device, getattr(torch, dtype), offload=args.offload)
+    group = None
+    if "RANK" in os.environ:            # torchrun started this process among others
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+        group = torch.distributed.group.WORLD
+    model = InstructX.from_pretrained(args.weights, device, getattr(torch, dtype), offload=args.offload, group=group)
     if not model.trained:
         note(f"warning: {args.weights} holds no instructx/, so queries and connector are random: the result will not "
              "follow the instruction")
@@ -555,7 +566,7 @@ def edit(args):
     phases = Phases()
     phases("load", 0, 1)
     model, phases.device = load(args)
-    outputs = [args.output, compared(args.output)] if args.compare else [args.output]
+    outputs = [args.output, compared(args.output)][:1 + args.compare] if LEADS else []
     length, height, width, _ = source.frames.shape
     with contextlib.ExitStack() as opened:
         if source.is_video:
@@ -573,7 +584,8 @@ def edit(args):
         model.edit(source.frames, args.instruction, references, args.steps, args.guidance, args.shift, args.seed,
                    float(source.fps or 16), args.solver, phases, write)
     phases.end()
-    print(phases.table(), file=sys.stderr)
+    if LEADS:
+        print(phases.table(), file=sys.stderr)
     return outputs
 
 
@@ -581,7 +593,8 @@ def main(argv=None):
     command_line = parser()
     args = command_line.parse_args(argv)
     try:
-        print(*edit(args), sep="\n")
+        for path in edit(args):
+            print(path)
     except (ValueError, OSError) as error:
         command_line.error(str(error))
     except (MemoryError, RuntimeError) as error:

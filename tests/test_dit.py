@@ -6,6 +6,7 @@ All models are random and tiny, with sizes that differ wherever a mix-up is poss
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -373,17 +374,93 @@ def test_checkpointing_changes_memory_only(model):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_equals_eager(model):
-    """In place, under the same names, and one compilation for all blocks."""
+    """In place, under the same names, one compilation for all blocks and steps, and one more for all other sizes."""
     from torch._dynamo.utils import counters
 
-    compiled, (z, t, context) = copy.deepcopy(model), inputs(CONFIG, batch=2)
+    compiled = copy.deepcopy(model)
     torch._dynamo.reset()
     counters.clear()
     compiled.compile_blocks()
     assert list(compiled.state_dict()) == list(model.state_dict())
-    condition = compiled.condition(context, z.shape, latents(*z.shape), [latents(1, 4, 1, 2, 2)])
-    assert error(compiled.denoise(z, t, condition), model.denoise(z, t, condition)) < TOLERANCE
-    assert counters["stats"]["unique_graphs"] == 1
+    graphs = []
+    for grid in ((3, 4, 6), (1, 6, 4), (2, 8, 6), (5, 2, 2)):
+        z, t, context = inputs(CONFIG, grid, batch=2)
+        condition = compiled.condition(context, z.shape, latents(*z.shape), [latents(1, 4, 1, 2, 2)])
+        for step in (t, t / 2):
+            assert error(compiled.denoise(z, step, condition), model.denoise(z, step, condition)) < 1e-5
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2, 2]
+
+
+def test_times_of_the_schedule(model):
+    """Embedded once for all steps, they are those that each step would embed; a t that is not among them is no error."""
+    z, _, context = inputs(CONFIG, batch=2)
+    scheduled = model.condition(context, z.shape, timesteps=[999.0, 412.5])
+    plain = model.condition(context, z.shape)
+    calls, embed = [], model.embed_time
+    model.embed_time = lambda t: calls.append(t) or embed(t)
+    try:
+        for t, count in (([412.5, 412.5], 0), ([999.0, 999.0], 0), ([412.5, 999.0], 1), ([3.0, 3.0], 1)):
+            calls.clear()
+            result = model.denoise(z, torch.tensor(t), scheduled)
+            assert len(calls) == count
+            assert error(result, model.denoise(z, torch.tensor(t), plain)) < TOLERANCE
+    finally:
+        del model.embed_time
+
+
+PARALLEL = """
+import sys
+import torch
+import torch.distributed as dist
+from connector import Offload
+from dit import WanDiT
+
+dist.init_process_group("gloo")
+cases, folder = torch.load(sys.argv[1], weights_only=True), sys.argv[2]
+whole = WanDiT.from_pretrained(folder).parallelize(dist.group.WORLD, "cpu")
+read = WanDiT.from_pretrained(folder, offload=Offload).parallelize(dist.group.WORLD, "cpu")
+results = []
+for model in (whole, read):
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.blocks.parameters())
+    for z, t, context, source, references in cases:
+        with torch.inference_mode():
+            condition = model.condition(context, z.shape, source, references, [t[0].item()])
+            results.append((model.denoise(z, t, condition), model(z, t, context, source, references)))
+torch.save((results, held), f"{sys.argv[1]}.{dist.get_rank()}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Each has half of the weights and half of the tokens, also where these do not divide; both get the whole result."""
+    model = randomize(WanDiT(replace(CONFIG, num_heads=4))).requires_grad_(False)
+    model.save_pretrained(tmp_path / "dit")
+    cases = []
+    for grid, batch, references in (((3, 4, 6), 2, [latents(1, 4, 1, 2, 2)]), ((1, 6, 4), 1, []), ((1, 2, 2), 2, [])):
+        z, t, context = inputs(CONFIG, grid, batch=batch)
+        cases.append((z, t, context, latents(*z.shape), references))
+    torch.save(cases, tmp_path / "cases")
+    (tmp_path / "parallel.py").write_text(PARALLEL)
+    top = Path(module.__file__).parent
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                    tmp_path / "parallel.py", tmp_path / "cases", tmp_path / "dit"], check=True, capture_output=True,
+                   env={**os.environ, "PYTHONPATH": str(top), "OMP_NUM_THREADS": "1"})
+    total = sum(p.numel() for p in model.blocks.parameters())
+    for rank in (0, 1):
+        results, held = torch.load(tmp_path / f"cases.{rank}", weights_only=True)
+        assert held < 0.6 * total
+        for (z, t, context, source, references), both in zip([*cases, *cases], results):
+            for result in both:
+                assert error(result, model(z, t, context, source, references)) < 1e-5
+
+
+def test_heads_that_cannot_be_shared_out(model):
+    class Pair:
+        size = staticmethod(lambda: 2)
+
+    with pytest.raises(ValueError, match="3 heads cannot be shared out among 2"):
+        model.parallelize(Pair(), "cpu")
 
 
 # Precision.

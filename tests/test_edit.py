@@ -167,6 +167,20 @@ def test_same_seed_same_bytes(tiny_weights, photo, clip, tmp_path, name, capsys)
     assert files[0] == files[1]
 
 
+def test_two_processes_write_what_one_does(tiny_weights, clip, tmp_path):
+    """Under torchrun one process speaks and writes, and the file is the same."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    files, printed = [], []
+    for launcher, name in (([], "one.mkv"), (torchrun, "two.mkv")):
+        python, *rest = command(tiny_weights, clip, "x", "-o", tmp_path / name, "--frames", 5, "--device", "cpu")
+        done = subprocess.run([*(launcher or [python]), *rest], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        files.append((tmp_path / name).read_bytes())
+        printed.append((done.stdout, done.stderr.count("phase ")))
+    assert files[0] == files[1] and printed == [(f"{tmp_path / name}\n", 1) for name in ("one.mkv", "two.mkv")]
+
+
 def test_untrained_weights_are_announced(tiny_weights, photo, tmp_path, capsys):
     """With random queries the result is no edit, which nobody would guess from looking at it."""
     for part in ("mllm", "dit", "vae"):
