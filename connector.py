@@ -236,20 +236,24 @@ class InstructX(nn.Module):
         return None if write else np.concatenate(result)
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=None, instructx=None, offload=False, group=None, **settings):
+    def from_pretrained(cls, folder, device="cpu", dtype=None, instructx=None, offload=False, quantize=None, group=None,
+                        **settings):
         """Everything an edit needs, from one folder (layout: weights/README.md).
 
         `dtype` is that of the MLLM, the connector and the DiT; None keeps each file's own. The VAE always keeps its own, which is
         float32 as released: it is small, and its rounding errors would be seen. `instructx`: a folder that save_pretrained wrote,
         to be used instead of the one in `folder`. `offload` leaves the blocks of MLLM and DiT in their files and reads each when it
-        is its turn: the same result with a small part of the memory. `group`: of processes (torch.distributed) that share out the
+        is its turn: the same result with a small part of the memory. `quantize`: torch.int8 or torch.float8_e4m3fn, to which the
+        matrices of the DiT's blocks are rounded; the result changes. `group`: of processes (torch.distributed) that share out the
         DiT, its weights and its tokens. `settings` take the place of those in config.json, or of a fresh start.
 
         Raises FileNotFoundError where a model is missing, ValueError where a checkpoint does not fit.
         """
+        if quantize and group:
+            raise ValueError("a DiT that is shared out cannot be quantized too")
         place = locate(folder, instructx)
         mllm = Qwen2_5_VL.from_pretrained(place["mllm"], device, dtype, Offload if offload else None)
-        dit = WanDiT.from_pretrained(place["dit"], device, dtype, Offload if offload or group else None)
+        dit = WanDiT.from_pretrained(place["dit"], device, dtype, Offload if offload or quantize or group else None)
         vae = WanVAE.from_pretrained(place["vae"], device)
         processor = Processor.from_pretrained(place["mllm"])
         if "instructx" in place:
@@ -260,6 +264,8 @@ class InstructX(nn.Module):
             model.load(place["instructx"] / "model.safetensors", device, dtype)
         else:
             model = cls.untrained(mllm, processor, dit, vae, **settings)
+        if quantize:
+            model.dit.quantize(quantize)
         if group:
             model.dit.parallelize(group, device)
         return model.eval()

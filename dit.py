@@ -83,6 +83,26 @@ class Linear(nn.Linear):
         return super().forward(x.to(self.weight.dtype))
 
 
+class QuantizedLinear(nn.Module):
+    """A Linear for use alone, with its weight in int8 or float8_e4m3fn and a scale for each output: half the memory.
+
+    The product runs in the dtype that the weight had, which holds all values of both kinds exactly.
+    """
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        weight, largest = linear.weight.detach().float(), 127 if dtype == torch.int8 else torch.finfo(dtype).max
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / largest
+        steps = weight / scale
+        self.weight = nn.Parameter((steps.round() if dtype == torch.int8 else steps).to(dtype), requires_grad=False)
+        self.scale, self.bias = nn.Parameter(scale[:, 0], requires_grad=False), linear.bias
+        self.dtype = linear.weight.dtype
+
+    def forward(self, x):
+        y = F.linear(x.to(self.dtype), self.weight.to(self.dtype)) * self.scale
+        return (y + self.bias).to(self.dtype)
+
+
 class Linear32(nn.Linear):
     """Computes in float32, whatever its weights are stored in, and inside a caller's autocast too."""
 
@@ -419,6 +439,20 @@ class WanDiT(nn.Module):
             block.self_attn.group = group
         self.group, self.offload = group, None
         return self.to(device)
+
+    def quantize(self, dtype):
+        """Rounds the large matrices of the blocks to `dtype`, torch.int8 or torch.float8_e4m3fn, for use without gradients.
+
+        A block that is offloaded is read and rounded when it is its turn, so the whole is never there at full size.
+        """
+        for i, block in enumerate(self.blocks):
+            if self.offload:
+                block.load_state_dict(self.offload.read(i), assign=True)
+            for name, linear in [(name, layer) for name, layer in block.named_modules() if isinstance(layer, Linear)]:
+                parent, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(parent), leaf, QuantizedLinear(linear, dtype))
+        self.offload = None
+        return self
 
     def turns(self):
         """The blocks in turn. Where they are offloaded, each has its weights from here to the next one only."""

@@ -20,6 +20,7 @@ import itertools
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -359,13 +360,17 @@ class Phases:
 
     def __init__(self):
         self.rows, self.phase, self.device = [], None, "cpu"
+        self.steps = []                 # seconds of each step of "denoise"; the first has the compilation, if any
 
     def __call__(self, phase, done, total):
         if phase != self.phase:
             self.end()
             self.phase, self.start = phase, time.perf_counter()
-            self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=None if LEADS else True)  # None: only on a terminal
+            silent = None if LEADS else True                        # None: unless it is on a terminal
+            self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=silent)
         self.bar.update(done - self.bar.n)
+        if phase == "denoise" and done:
+            self.steps.append(time.perf_counter() - self.start - sum(self.steps))
 
     def end(self):
         """Closes the current phase, if there is one."""
@@ -394,7 +399,9 @@ class Phases:
     def table(self):
         _, seconds, peaks = zip(*self.rows)
         rows = [*self.rows, ("total", sum(seconds), max(peaks))]
-        lines = [f"{phase:10} {seconds:9.1f} {peak / 1e9:9.2f}" for phase, seconds, peak in rows]
+        first, later = sum(self.steps[:1]), statistics.median(self.steps[1:] or [0])
+        remarks = {"denoise": f"   first step {first:.2f} s, then {later:.2f} s each"} if later else {}
+        lines = [f"{phase:10} {seconds:9.1f} {peak / 1e9:9.2f}{remarks.get(phase, '')}" for phase, seconds, peak in rows]
         return "\n".join([f"{'phase':10} {'seconds':>9} {'peak GB':>9}", *lines])
 
 
@@ -457,9 +464,13 @@ def parser():
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of all models but the VAE (default: bfloat16 on CUDA, else float32)")
-    add("--compile", action="store_true", help="compile the DiT's blocks: slower to start, faster steps")
+    add("--compile", action="store_true", help="compile the DiT's blocks: the first step takes longer, all others less")
     add("--offload", action="store_true", help="leave MLLM and DiT in their files and read each block when it is its turn: "
         "the same result in a small part of the memory")
+    add("--tile", type=number(int, 64, LARGEST), metavar="PIXELS", help="let the VAE work on overlapping squares of this "
+        "side: less memory for large pictures, and a result that differs a little")
+    add("--quantize", choices=("int8", "float8_e4m3fn"), help="round the DiT's large matrices: half the memory of bfloat16, "
+        "and a result that differs a little")
     return made
 
 
@@ -550,7 +561,9 @@ def load(args):
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         atexit.register(torch.distributed.destroy_process_group)
         group = torch.distributed.group.WORLD
-    model = InstructX.from_pretrained(args.weights, device, getattr(torch, dtype), offload=args.offload, group=group)
+    quantize = args.quantize and getattr(torch, args.quantize)
+    model = InstructX.from_pretrained(args.weights, device, getattr(torch, dtype), None, args.offload, quantize, group)
+    model.vae.tile = args.tile
     if not model.trained:
         note(f"warning: {args.weights} holds no instructx/, so queries and connector are random: the result will not "
              "follow the instruction")

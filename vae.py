@@ -256,11 +256,15 @@ class Decoder(nn.Module):
 class WanVAE(nn.Module):
     """encode/decode are for use: normalised latents, no gradients. moments/reconstruct are for training the VAE itself:
     raw latents, no clamp, differentiable. `chunk` is always the number of latent frames per step; it trades memory for
-    fewer, larger steps and does not change the result."""
+    fewer, larger steps and does not change the result.
+
+    `tile`: None, or pixels, a multiple of the stride: encode and decode then work on overlapping squares of this side,
+    one after the other, so that memory no longer grows with the picture but for the result. This one does change it:
+    near its border a tile sees zeros, and the attention in the middle sees the tile alone."""
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
-        self.config = config
+        self.config, self.tile = config, None
         self.encoder = Encoder(config)
         self.conv1 = nn.Conv3d(config.z_dim * 2, config.z_dim * 2, 1)
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
@@ -291,7 +295,9 @@ class WanVAE(nn.Module):
         """video (B, 3, T, H, W) in [-1, 1], any device and float dtype; T = 4n + 1, H and W multiples of 8 (or as the
         strides say) -> normalised posterior mean (B, z_dim, F, h, w), in the weights' dtype. ValueError for other
         shapes. Memory beyond input and result is that of one chunk."""
-        mean, _ = self.moments(video, chunk)
+        self.check_video(video)
+        stride, encode = self.spatial_stride, lambda part: self.moments(part, chunk)[0]
+        mean = in_tiles(encode, video, self.tile, stride, lambda x: x // stride) if self.tile else encode(video)
         return (mean - self.latents_mean) / self.latents_std
 
     @torch.no_grad()
@@ -304,6 +310,10 @@ class WanVAE(nn.Module):
         """Yields decode's frames as they come: first frame 0 alone, then 4 * chunk frames (B, 3, t, H, W) at a time."""
         self.check_latents(z)
         z = z.to(self.conv1.weight) * self.latents_std + self.latents_mean
+        if self.tile:
+            stride = self.spatial_stride
+            yield in_tiles(lambda part: self.reconstruct(part, chunk), z, self.tile // stride, 1, lambda x: x * stride).clamp(-1, 1)
+            return
         for frames in self.decode_raw(z, chunk):
             yield frames.clamp(-1, 1)
 
@@ -370,6 +380,38 @@ class WanVAE(nn.Module):
         replace(folder / "config.json", lambda file: file.write_text(config))
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
         replace(folder / "model.safetensors", lambda file: save_file(tensors, file))
+
+
+def in_tiles(run, x, side, multiple, scaled):
+    """run(x) from overlapping squares of x (..., H, W), which fade into each other over a quarter of their side.
+
+    `scaled`: a length in x -> the length in the result. `side` is rounded to what `multiple` divides.
+    """
+    side = max(side // multiple, 4) * multiple
+    overlap = side // multiple // 4 * multiple
+    result = weight = None
+    for top in starts(x.shape[-2], side, overlap):
+        for left in starts(x.shape[-1], side, overlap):
+            y = run(x[..., top : top + side, left : left + side])
+            if result is None:
+                result = y.new_zeros(*y.shape[:-2], scaled(x.shape[-2]), scaled(x.shape[-1]))
+                weight = torch.zeros_like(result[0, 0, 0])
+            rows, columns = (fade(length, scaled(overlap)).to(y) for length in y.shape[-2:])
+            place = (..., slice(scaled(top), scaled(top) + len(rows)), slice(scaled(left), scaled(left) + len(columns)))
+            result[place] += y * rows[:, None] * columns
+            weight[place] += rows[:, None] * columns
+    return result / weight
+
+
+def starts(length, side, overlap):
+    """Where the tiles of one axis start: the last ends where the axis does."""
+    return [min(start, max(length - side, 0)) for start in range(0, max(length - overlap, 1), side - overlap)]
+
+
+def fade(length, overlap):
+    """(length,) weights that rise over `overlap` steps to 1, and fall at the end; never 0."""
+    steps = torch.arange(1, length + 1)
+    return torch.minimum(steps, steps.flip(0)).clamp(max=overlap) / overlap
 
 
 def parts(total, size):

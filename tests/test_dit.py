@@ -455,6 +455,30 @@ def test_two_processes_equal_one(tmp_path):
                 assert error(result, model(z, t, context, source, references)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype, worst", [(torch.int8, 0.02), (torch.float8_e4m3fn, 0.08)])
+def test_quantized(model, tmp_path, dtype, worst):
+    """Exactly the model whose matrices are the rounded ones, near the full one, and the same when it is read by blocks."""
+    from connector import Offload
+
+    rounded, expected = copy.deepcopy(model).quantize(dtype), copy.deepcopy(model)
+    layers = dict(rounded.named_modules())
+    for name, linear in expected.named_modules():
+        if isinstance(linear, module.Linear) and name.startswith("blocks."):
+            stored = layers[name]
+            assert stored.weight.dtype == dtype
+            dense = stored.weight.double() * stored.scale.double()[:, None]
+            step = linear.weight.abs().amax(dim=1) / 127 if dtype == torch.int8 else linear.weight.abs().amax(dim=1) / 14
+            assert ((dense - linear.weight).abs() <= step[:, None] * 0.5001).all()
+            linear.weight.data = dense.float()
+    z, t, context = inputs(CONFIG, batch=2)
+    result = rounded(z, t, context, latents(*z.shape))
+    assert error(result, expected(z, t, context, latents(*z.shape))) < TOLERANCE
+    assert 1e-4 < error(result, model(z, t, context, latents(*z.shape))) < worst
+    model.save_pretrained(tmp_path)
+    read = WanDiT.from_pretrained(tmp_path, offload=Offload).quantize(dtype).requires_grad_(False)
+    assert torch.equal(read(z, t, context, latents(*z.shape)), result) and read.offload is None
+
+
 def test_heads_that_cannot_be_shared_out(model):
     class Pair:
         size = staticmethod(lambda: 2)

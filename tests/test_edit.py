@@ -197,8 +197,8 @@ def test_bad_options_are_told_before_torch_is_loaded(tmp_path):
         assert done.returncode == 0
     text = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True).stdout
     options = re.findall(r"^  (?:-o OUTPUT, )?--(\w+)", text, re.MULTILINE)
-    plain = {"output", "ref", "compare", "compile", "offload"}                     # these have no default to tell
-    assert len(options) == 15 and text.count("(default:") == len(set(options) - plain)
+    plain = {"output", "ref", "compare", "compile", "offload", "quantize", "tile"}                     # these have no default to tell
+    assert len(options) == 17 and text.count("(default:") == len(set(options) - plain)
 
 
 # ---------- images

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vae as module
-from vae import PRESETS, CausalConv3d, Downsample, RMSNorm, Upsample, VAEConfig, WanVAE, official_names
+from vae import PRESETS, CausalConv3d, Downsample, RMSNorm, Upsample, VAEConfig, WanVAE, in_tiles, official_names
 
+SHAPES = Path(module.__file__).parent / "weights" / "shapes"
 NARROW = dict(latents_mean=(0.3, -0.2, 0.1, 0.5), latents_std=(1.5, 0.7, 2.0, 1.1), z_dim=4, dim=8)
 CONFIGS = {
     "tiny": PRESETS["tiny"],
@@ -184,6 +186,34 @@ def test_memory_is_bounded(monkeypatch):
     for _ in vae.decode_stream(z):
         pass
     assert longest["conv2d"] == 4 and longest["conv3d"] == 4 + 2
+
+
+@pytest.mark.parametrize("H, W, side", [(16, 16, 16), (20, 36, 16), (8, 40, 24), (68, 24, 20)])
+def test_tiles_join_without_a_seam(H, W, side):
+    """Of what looks no further than a pixel, tiles are the whole: none is left out, shifted or counted twice."""
+    x, sizes = torch.rand(2, 3, 2, H, W), []
+
+    def halve(part):
+        sizes.append(part.shape[-2:])
+        return F.avg_pool3d(part, (1, 2, 2))
+
+    double = lambda part: part.repeat_interleave(2, -2).repeat_interleave(2, -1)
+    assert relative(in_tiles(halve, x, side, 2, lambda n: n // 2), F.avg_pool3d(x, (1, 2, 2))) < 1e-6
+    assert relative(in_tiles(double, x, side, 1, lambda n: n * 2), double(x)) < 1e-6
+    assert all(max(size) <= side for size in sizes) and len(sizes) > (max(H, W) > side)
+
+
+def test_tiles_of_a_vae():
+    """One tile is the whole; several are near it, on a VAE that was trained."""
+    vae = WanVAE.from_pretrained(SHAPES / "vae")
+    video = torch.from_numpy(np.array(Image.open(SHAPES / "example.png").convert("RGB")))
+    video = video.permute(2, 0, 1)[None, :, None].repeat(1, 1, 1, 2, 3) / 127.5 - 1          # (1, 3, 1, 128, 192)
+    z, whole = vae.encode(video), vae.decode(vae.encode(video))
+    vae.tile = 192
+    assert relative(vae.encode(video), z) < 1e-6 and relative(vae.decode(z), whole) < 1e-6
+    vae.tile = 96
+    assert 1e-4 < relative(vae.encode(video), z) < 0.1 and 1e-4 < relative(vae.decode(z), whole) < 0.1
+    assert vae.decode(z.expand(1, 16, 3, -1, -1)).shape == (1, 3, 1 + 2 * vae.temporal_stride, 128, 192)
 
 
 def test_image_needs_no_cache(monkeypatch):
