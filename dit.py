@@ -155,6 +155,7 @@ def unpatchify(x, grid, patch):
 
 
 def modulate(x, shift, scale):
+    """x (B, L, D); shift and scale (B or 1, 1, D)."""
     return x * (1 + scale) + shift
 
 
@@ -231,6 +232,8 @@ def heads_to_tokens(x, group):
 
 
 class Attention(nn.Module):
+    """What self- and cross-attention share: four matrices, and norms of queries and keys over the whole width."""
+
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.dim // config.num_heads
@@ -242,6 +245,8 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
+    """Of all tokens among each other, with rotary positions: x (B, L+R, D) -> the same, in the weights' dtype."""
+
     group = None                                                # of processes that share the tokens; see `parallelize`
 
     def forward(self, x, cos, sin):
@@ -255,7 +260,10 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
+    """Of the tokens to the context, without positions. The context's keys and values can be kept: see `kv`."""
+
     def kv(self, context):
+        """(B, Q, D) -> keys and values, (B, Q, K, d) each."""
         v = self.heads(self.v(context))
         return self.heads(self.norm_k(self.k(context))).type_as(v), v
 
@@ -266,6 +274,8 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward; t shifts, scales and gates the first and the last."""
+
     def __init__(self, config):
         super().__init__()
         self.norm1 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
@@ -286,6 +296,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
+    """Tokens -> velocities of their patches: x (B, L, D) -> (B, L, p*q*r*C), float32."""
+
     def __init__(self, config):
         super().__init__()
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
@@ -391,7 +403,8 @@ class WanDiT(nn.Module):
             rope=tuple(torch.cat(parts).to(context.device) for parts in zip(*tables)),      # (L+R, 1, d/2) each
             source=None if source is None else self.embed_source(source),                   # (B, L, D)
             references=torch.cat(tokens, dim=1) if tokens else None,                        # (B, R, D)
-            times={t.item(): self.embed_time(t[None]) for t in torch.as_tensor(timesteps).to(context.device, torch.float32)})
+            times={t.item(): self.embed_time(t[None].to(context.device))
+                   for t in torch.as_tensor(timesteps, dtype=torch.float32)})
 
     def embed_time(self, t):
         """t (B,) -> its embedding (B, D), for the head, and the projection of that (B, 6, D), for the blocks."""
@@ -421,7 +434,7 @@ class WanDiT(nn.Module):
             block.compile()
 
     def parallelize(self, group, device):
-        """Shares this model out among the processes of `group`, for `denoise` without gradients, and moves it to `device`.
+        """Shares this model out among the processes of `group` and moves it to `device`; for use without gradients.
 
         Each holds a part of every block's weights (FSDP2), which come together while the block runs, and works on a
         part of the tokens (Ulysses). All must call with the same inputs, and all get the whole result. A block that is
@@ -441,7 +454,7 @@ class WanDiT(nn.Module):
         return self.to(device)
 
     def quantize(self, dtype):
-        """Rounds the large matrices of the blocks to `dtype`, torch.int8 or torch.float8_e4m3fn, for use without gradients.
+        """Rounds the blocks' large matrices to `dtype`, torch.int8 or torch.float8_e4m3fn; for use without gradients.
 
         A block that is offloaded is read and rounded when it is its turn, so the whole is never there at full size.
         """
@@ -573,6 +586,7 @@ def official_name(name):
 
 
 def stored_dtype(name, stored, wanted):
+    """Of a tensor once loaded: `wanted`, but float32 for what Wan's code runs in float32; None keeps what is stored."""
     return stored if wanted is None else torch.float32 if FLOAT32.search(name) else wanted
 
 

@@ -126,6 +126,7 @@ def read_frames(path, limit=None, size=None, check=None):
 
 
 def read_folder(path, limit, size, check):
+    """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_OPTIONS)
     frames = [read_frames(file, 1, size, check).frames for file in files[:limit]]
     if len({frame.shape for frame in frames}) != 1:
@@ -134,6 +135,7 @@ def read_folder(path, limit, size, check):
 
 
 def read_picture(path, image, size):
+    """A PIL image -> Media of one frame, with its transparency, profile and EXIF."""
     # The profile goes along only where the result still has the same kind of colors.
     keep = image.format != "TIFF" and image.mode in ("RGB", "RGBA", "P")
     image = ImageOps.exif_transpose(image)
@@ -144,6 +146,7 @@ def read_picture(path, image, size):
 
 
 def read_animation(path, image, limit, size):
+    """An animated PNG, WebP or GIF -> Media; each frame laid on white."""
     frames, durations = [], []
     for frame in itertools.islice(ImageSequence.Iterator(image), limit):
         frames.append(fit(pixels(frame)[0], size))
@@ -175,6 +178,7 @@ def fit(array, size):
 
 
 def read_clip(path, limit, size, check):
+    """Whatever ffmpeg reads -> Media, with the exact frame rate and what the sound and the colors need."""
     with path.open("rb") as file:
         start = file.read(12)
     if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif", b"avi"):
@@ -254,6 +258,7 @@ def decode(path, limit):
 
 
 def unfinished(path):
+    """The name that a file has until it is whole: hidden, beside it, of this process alone."""
     return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
 
 
@@ -426,6 +431,7 @@ def number(kind, least, most):
 
 
 def width_by_height(text):
+    """A type for argparse: "832x480" -> (832, 480)."""
     if not (found := re.fullmatch(r"(\d+)x(\d+)", text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 832x480")
     return int(found[1]), int(found[2])
@@ -439,6 +445,7 @@ as long. A clip with an odd side keeps it, as H.264 4:4:4, which not every playe
 
 
 def parser():
+    """The command line. Every default is told in --help."""
     made = Parser(prog="edit.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
                   description=__doc__.split("\n\nPIL reads")[0])
     add, configured = made.add_argument, "(default: as the weights' config.json says; {} as released)".format
@@ -475,6 +482,7 @@ def parser():
 
 
 def note(text):
+    """One line on stderr, of what a user should know and nothing is wrong with."""
     if LEADS:
         print(f"edit.py: {text}", file=sys.stderr)
 

@@ -176,6 +176,8 @@ def frequencies(width, theta, device):
 
 
 class RMSNorm(nn.Module):
+    """Over the last axis, in float32; the gain multiplies what was rounded to x's dtype, as in the release."""
+
     def __init__(self, width, eps=1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
@@ -186,6 +188,8 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """The feed-forward of both towers; the vision tower's has biases."""
+
     def __init__(self, width, inner, bias):
         super().__init__()
         self.gate_proj = nn.Linear(width, inner, bias=bias)
@@ -226,6 +230,8 @@ def pack(segment):
 
 
 class PatchEmbed(nn.Module):
+    """Patches (N, channels * frames * pixels) -> (N, width). Stored as the convolution that would also cut them."""
+
     def __init__(self, config):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
@@ -237,6 +243,8 @@ class PatchEmbed(nn.Module):
 
 
 class VisionAttention(nn.Module):
+    """Among the patches of each segment, a window or a frame: x (N, width) sorted by them, runs as from `pack`."""
+
     def __init__(self, config):
         super().__init__()
         self.heads = config.num_heads
@@ -254,6 +262,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """Attention and feed-forward, each after its norm."""
+
     def __init__(self, config):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(config.hidden_size), RMSNorm(config.hidden_size)
@@ -266,6 +276,8 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
+    """Joins 2x2 patches into one token of the language model: (N, width) -> (N/4, D)."""
+
     def __init__(self, config):
         super().__init__()
         self.patches = config.spatial_merge_size ** 2
@@ -278,6 +290,8 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
+    """Patches of any number of pictures -> embeddings that stand among those of words."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -314,6 +328,8 @@ class VisionTower(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal, with fewer heads of keys than of queries (GQA), and biases on q, k and v alone."""
+
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
@@ -335,6 +351,8 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each after its norm."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -348,6 +366,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The language model without its head: word embeddings, layers, final norm."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -694,6 +714,7 @@ RENAMES = {"model.visual.": "visual.", "model.language_model.": "model."}
 
 
 def official_name(name):
+    """A tensor's name in any export -> its name in the official checkpoint, which is ours."""
     for theirs, ours in RENAMES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -701,6 +722,7 @@ def official_name(name):
 
 
 def read_json(file):
+    """The object in a JSON file. ValueError that names the file if there is none in it."""
     try:
         given = json.loads(file.read_text())
     except ValueError as error:
@@ -711,6 +733,7 @@ def read_json(file):
 
 
 def read_config(file):
+    """Qwen2_5_VLConfig from a config.json; the 3B where there is none. ValueError if it describes no such model."""
     try:
         return Qwen2_5_VLConfig.from_dict(read_json(file)) if file.exists() else PRESETS["3B"]
     except (TypeError, AttributeError) as error:                    # a word where a number should be, and the like

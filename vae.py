@@ -123,6 +123,8 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
+    """Two causal convolutions, each after norm and SiLU, added to x; a linear layer where the width changes."""
+
     def __init__(self, in_dim, out_dim):
         super().__init__()
         self.residual = nn.Sequential(
@@ -201,14 +203,18 @@ def run(layers, x, cache):
 
 
 def middle(dim):
+    """What stands at the lowest resolution of encoder and decoder."""
     return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
 
 
 def head(dim, out_dim):
+    """The last layers of encoder and decoder."""
     return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, (3, 3, 3)))
 
 
 class Encoder(nn.Module):
+    """x (B, t, H, W, 3), the next frames of a clip -> (B, f, h, w, 2 * z_dim): mean and log-variance, not yet mixed."""
+
     def __init__(self, config):
         super().__init__()
         width, layers = config.dim, []
@@ -231,6 +237,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """x (B, f, h, w, z_dim), the next latent frames -> (B, t, H, W, 3)."""
+
     def __init__(self, config):
         super().__init__()
         width, layers = config.dim * config.dim_mult[-1], []
@@ -311,8 +319,8 @@ class WanVAE(nn.Module):
         self.check_latents(z)
         z = z.to(self.conv1.weight) * self.latents_std + self.latents_mean
         if self.tile:
-            stride = self.spatial_stride
-            yield in_tiles(lambda part: self.reconstruct(part, chunk), z, self.tile // stride, 1, lambda x: x * stride).clamp(-1, 1)
+            stride, decode = self.spatial_stride, lambda part: self.reconstruct(part, chunk)
+            yield in_tiles(decode, z, self.tile // stride, 1, lambda x: x * stride).clamp(-1, 1)
             return
         for frames in self.decode_raw(z, chunk):
             yield frames.clamp(-1, 1)
@@ -564,6 +572,7 @@ def pad(video, vae):
 
 
 def roundtrip(args):
+    """Reads, encodes, decodes, writes, and prints what was lost and how long it took."""
     dtype = None if args.dtype == "stored" else getattr(torch, args.dtype)
     vae = WanVAE.from_pretrained(args.weights, args.device, dtype)
     frames, fps = read_media(args.input)                                      # (T, H, W, 3)
