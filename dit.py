@@ -253,7 +253,9 @@ class SelfAttention(Attention):
         q, k, v = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
         if self.group:
             q, k, v = (tokens_to_heads(y, self.group, len(cos)) for y in (q, k, v))
-        y = attention(rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v), v)
+        q = rotate(q, cos, sin).type_as(v)                      # one after the other, so that the float32 ones are gone
+        k = rotate(k, cos, sin).type_as(v)
+        y = attention(q, k, v)
         if self.group:
             y = heads_to_tokens(self.heads(y), self.group).flatten(2)
         return self.o(y)

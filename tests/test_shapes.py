@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import pytest
 import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
+from torch._subclasses import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dit
 import vae
@@ -258,6 +263,66 @@ def test_figures_of_the_readme():
     for name in dits:
         _, tokens, flop = dit.costs(dit.PRESETS[name], (1, 16, 21, 60, 104), 512)
         assert f"{tokens:,} tokens" in README and f"{flop / 1e12:,.0f} TFLOP" in README
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors made inside that are alive at the same time, at the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.alive.setdefault(reference.cdata, (reference, storage.nbytes()))
+        self.alive = {key: both for key, both in self.alive.items() if not both[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def bytes_of(model, name=lambda name: True):
+    """In bfloat16, but for what stays in float32: parts of the DiT, LoRA, the VAE."""
+    exact = lambda key: (isinstance(model, vae.WanVAE) or "lora_" in key
+                         or isinstance(model, dit.WanDiT) and dit.FLOAT32.search(key))
+    return sum(p.numel() * (4 if exact(key) else 2) for key, p in model.named_parameters() if name(key))
+
+
+def needs(preset, shape, queries):
+    """GB that an edit with guidance holds during a step of the DiT: all in memory, blocks in int8, blocks offloaded."""
+    config, narrow = dit.PRESETS[preset], replace(dit.PRESETS[preset], num_layers=2)
+    with torch.device("meta"):
+        mllm, connector, codec, model = Qwen2_5_VL(), Connector(InstructXConfig()), vae.WanVAE(), dit.WanDiT(config)
+        add_lora(mllm)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        torch.set_default_dtype(torch.bfloat16)
+        step = dit.WanDiT(narrow)
+        torch.set_default_dtype(torch.float32)
+        latents = torch.empty(2, *shape, dtype=torch.bfloat16)
+        context = torch.empty(2, queries, 4096, dtype=torch.bfloat16)
+        condition = step.condition(context, latents.shape, latents[:1], cache=False)
+        with Live() as live:
+            step.denoise(latents, torch.empty(2), condition)
+    matrix = lambda key: key.startswith("blocks.") and key.endswith("weight") and "norm" not in key
+    tower = lambda key: key.startswith(("visual.blocks.", "model.layers.")) and "lora_" not in key
+    others = bytes_of(connector) + bytes_of(codec) + live.peak + 2 * 2 * 2 * queries * config.dim * config.num_layers
+    whole = bytes_of(mllm) + bytes_of(model)
+    block = bytes_of(model, lambda key: key.startswith("blocks.0."))
+    apart = bytes_of(mllm, tower) + bytes_of(model, lambda key: key.startswith("blocks."))
+    return [(others + size) / 1e9 for size in (whole, whole - bytes_of(model, matrix) / 2, whole - apart + 2 * block)]
+
+
+@pytest.mark.parametrize("preset", ["14B", "1.3B"])
+def test_needs_of_the_readme(preset):
+    """What an edit takes by size, computed from the tensors of a step."""
+    for name, shape, queries in (("an image of 1024x1024", (16, 1, 128, 128), 256),
+                                 ("81 frames of 832x480", (16, 21, 60, 104), 512),
+                                 ("81 frames of 1280x720", (16, 21, 90, 160), 512)):
+        row = f"| {preset}, {name} | " + " | ".join(f"{size:.1f}" for size in needs(preset, shape, queries)) + " |"
+        assert row in README
 
 
 def test_shapes_of_the_readme():
