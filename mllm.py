@@ -445,7 +445,7 @@ class TiedHead(nn.Module):
         self.embedding = (embedding,)
 
     def forward(self, x):
-        return F.linear(x, self.embedding[0].weight)
+        return F.linear(x, self.embedding[0].weight.type_as(x))
 
 
 class Qwen2_5_VL(nn.Module):
@@ -464,7 +464,7 @@ class Qwen2_5_VL(nn.Module):
     def embed(self, input_ids, image_patches=None, image_grids=None, video_patches=None, video_grids=None):
         """(B, L) ids and patches as of `forward` -> (B, L, D): vision embeddings in place of their tokens."""
         weight, ids = self.model.embed_tokens.weight, input_ids.cpu()
-        x = self.model.embed_tokens(input_ids.to(weight.device))
+        x = self.words(input_ids)
         for patches, grids, token in ((image_patches, image_grids, self.config.image_token_id),
                                       (video_patches, video_grids, self.config.video_token_id)):
             places = (ids.flatten() == token).nonzero()[:, 0]
@@ -478,6 +478,11 @@ class Qwen2_5_VL(nn.Module):
                 seen = seen.repeat(times, 1)
                 x = x.flatten(0, 1).index_copy(0, places.to(x.device), seen).view_as(x)
         return x
+
+    def words(self, ids):
+        """Embeddings of token ids, in the dtype of the rest: an offloaded table keeps the one of its file."""
+        table = self.model.embed_tokens
+        return table(ids.to(table.weight.device)).to(self.model.norm.weight.dtype)
 
     def positions(self, input_ids, attention_mask=None, image_grid_thw=None, video_grid_thw=None,
                   second_per_grid_ts=None, queries=0):
@@ -548,7 +553,7 @@ class Qwen2_5_VL(nn.Module):
                 break
             positions = torch.full((3, 1, 1), start + len(ids))
             ids.append(int(token))
-            x = self.model.embed_tokens(token)
+            x = self.words(token)
         return ids
 
     def generate(self, inputs, processor, max_new_tokens=128):
@@ -575,7 +580,9 @@ class Qwen2_5_VL(nn.Module):
                 del tensors["lm_head.weight"]
         check_tensors(model.state_dict(), tensors, path)
         towers = {"visual.blocks.": model.visual, "model.layers.": model.model} if offload else {}
-        model.load_state_dict({name: t.to("meta" if name.startswith(tuple(towers)) else device, dtype or t.dtype)
+        kept = "model.embed_tokens.weight" if offload else ""       # on the CPU it then stays mapped, and few rows are read
+        model.load_state_dict({name: t.to("meta" if name.startswith(tuple(towers)) else device,
+                                          t.dtype if name == kept else dtype or t.dtype)
                                for name, t in tensors.items()}, assign=True)
         for prefix, tower in towers.items():
             blocks = model.get_submodule(prefix.rstrip("."))
