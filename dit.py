@@ -526,8 +526,9 @@ class WanDiT(nn.Module):
         files = find_files(Path(path))
         with torch.device("meta"):
             model = cls(read_config(files[0].parent / "config.json"))
-        tensors = {}
+        tensors, names = {}, []
         for name, tensor in read_tensors(files, "cpu" if offload else device):
+            names.append(name)
             name = official_name(name)
             if name in tensors:
                 raise ValueError(f"{path} holds {name} twice")
@@ -537,10 +538,11 @@ class WanDiT(nn.Module):
         model.load_state_dict(tensors, assign=True)
 
         def read(i):
-            block = f"blocks.{i}."
-            stored = read_tensors(files, "cpu", lambda name: name.startswith(block))
-            return {name.removeprefix(block): tensor.to(device, stored_dtype(name, tensor.dtype, dtype))
-                    for name, tensor in ((official_name(name), tensor) for name, tensor in stored)}
+            # One tensor at a time: what was read of a file stays in memory until the file is closed.
+            found = ((official_name(name), tensor) for name in names if name.startswith(f"blocks.{i}.")
+                     for _, tensor in read_tensors(files, "cpu", name.__eq__))
+            return {name.removeprefix(f"blocks.{i}."): tensor.to(device, stored_dtype(name, tensor.dtype, dtype))
+                    for name, tensor in found}
 
         model.offload = offload and offload(model.blocks, read)
         return model
