@@ -16,8 +16,10 @@ Letters: B batch, T frames, F latent frames = 1 + (T-1)/4, H W pixels, h w = H/8
 """
 
 import argparse
+import ctypes
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -74,13 +76,16 @@ class Connector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.image_queries = nn.Parameter(torch.randn(config.image_queries, config.mllm_dim) * 0.02)
-        self.video_queries = nn.Parameter(torch.randn(config.video_queries, config.mllm_dim) * 0.02)
+        self.image_queries = nn.Parameter(torch.empty(config.image_queries, config.mllm_dim))
+        self.video_queries = nn.Parameter(torch.empty(config.video_queries, config.mllm_dim))
         self.mlp = nn.Sequential(
             nn.Linear(config.mllm_dim, config.hidden_dim),
             nn.GELU(approximate="tanh"),
             nn.Linear(config.hidden_dim, config.context_dim),
         )
+        for queries in (self.image_queries, self.video_queries):
+            if not queries.is_meta:     # there is nothing to fill, and normal_ would import torch's compiler
+                nn.init.normal_(queries, std=0.02)
 
     def queries(self, is_video):
         """(Q, D): what the MLLM is given after the last token of the prompt."""
@@ -89,6 +94,12 @@ class Connector(nn.Module):
     def forward(self, features):
         """(B, Q, D) hidden states at the queries -> (B, Q, context_dim)."""
         return self.mlp(features)
+
+
+def trim_heap():
+    """glibc keeps what is freed in pieces below 32 MB, gigabytes after both towers of the MLLM: the system gets it back."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
 
 
 class Offload:
@@ -113,6 +124,8 @@ class Offload:
                     torch.cuda.current_stream().synchronize()   # else the next copy could overwrite what is still in use
                 nowhere = {name: weight.to("meta") for name, weight in weights.items()}
                 block.load_state_dict(nowhere, strict=False, assign=True)
+                del weights
+                trim_heap()
 
     def fetch(self, i):
         """read(i), on a GPU beside its work: on the one stream that threads share, a copy would wait for it."""

@@ -287,7 +287,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(self, x, e, context, cos, sin):
         """x (B, L+R, D) and e (B, 6, D) float32; context (B, Q, D), or its keys and values (B, Q, K, d) as a tuple."""
@@ -304,7 +304,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = Linear32(config.dim, math.prod(config.patch_size) * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
     def forward(self, x, e):
         """x (B, L, D), e (B, D): here the time embedding itself, where the blocks get its projection."""
@@ -344,7 +344,8 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(D, 6 * D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        self.initialize()
+        if not self.head.modulation.is_meta:        # there is nothing to fill, and normal_ would import torch's compiler
+            self.initialize()
         if config.source_embedding:
             self.add_source_embedding()
 
@@ -508,6 +509,8 @@ class WanDiT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, PatchEmbedding):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
+            elif isinstance(module, (Block, Head)):
+                nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
         for module in [*self.text_embedding.modules(), *self.time_embedding.modules()]:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)

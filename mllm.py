@@ -371,7 +371,8 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Filled later: nn.Embedding's own start takes seconds, and on the meta device imports torch's compiler.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.offload = None                                                 # see Qwen2_5_VL.from_pretrained
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -459,7 +460,8 @@ class Qwen2_5_VL(nn.Module):
         self.model = Decoder(config)
         self.lm_head = (TiedHead(self.model.embed_tokens) if config.tie_word_embeddings
                         else nn.Linear(config.hidden_size, config.vocab_size, bias=False))
-        self.apply(init_weights)
+        if not self.model.norm.weight.is_meta:      # there is nothing to fill, and normal_ would import torch's compiler
+            self.apply(init_weights)
 
     def embed(self, input_ids, image_patches=None, image_grids=None, video_patches=None, video_grids=None):
         """(B, L) ids and patches as of `forward` -> (B, L, D): vision embeddings in place of their tokens."""
