@@ -565,11 +565,10 @@ class Trainer:
         self.args, self.compute, self.processes = args, getattr(torch, args.precision), Processes(args.device)
         self.device = self.processes.device
         place = locate(args.weights, args.start)
-        self.model = InstructX.from_pretrained(args.weights, instructx=args.start, **args.config)
+        self.model = self.build()
         # What is exported beside queries, connector and LoRA: what is trained here, or was before.
         own = [name for name in ("mllm", "dit") if place[name].parent == place.get("instructx")]
         self.export = {"mllm": "mllm" in own or args.train_all, "dit": "dit" in own or args.stage > 1}
-        trainable(self.model, args, self.compute)
         self.processes.shard(self.model)
         self.model.dit.gradient_checkpointing = self.model.mllm.gradient_checkpointing = args.gradient_checkpointing
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -582,6 +581,12 @@ class Trainer:
         self.latents = Latents(self.model.vae, args.cache)
         self.shown = self.read_shown() if args.validate else []
         self.step, self.unusable = 0, 0
+
+    def build(self):
+        """The models as the stage starts from them, with what trains marked."""
+        model = InstructX.from_pretrained(self.args.weights, instructx=self.args.start, **self.args.config)
+        trainable(model, self.args, self.compute)
+        return model
 
     def make_optimizer(self):
         """AdamW. Decay would wear down embeddings of words that are not seen, and pull norms and biases to zero."""
@@ -1059,8 +1064,9 @@ class Metrics:
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
-def panel(draw, corner, title, curves, width=600, height=400, points=150):
-    """One plot: {name: [(x, y or None)]}, each averaged down to at most `points` points."""
+def panel(draw, corner, title, curves, width=600, height=400, points=150, floor=0.0):
+    """One plot: {name: [(x, y or None)]}, each averaged down to at most `points` points. The y axis starts at `floor`,
+    or where the lowest curve does if that is lower, or floor None."""
     left, top, right, bottom = corner[0] + 70, corner[1] + 40, corner[0] + width - 20, corner[1] + height - 40
     lines = {}
     for name, pairs in curves.items():
@@ -1071,7 +1077,7 @@ def panel(draw, corner, title, curves, width=600, height=400, points=150):
     if not len(everything):
         return
     (x0, y0), (x1, y1) = everything.min(axis=0), everything.max(axis=0)
-    y0, x1 = min(0.0, y0), max(x1, x0 + 1)
+    y0, x1 = y0 if floor is None else min(floor, y0), max(x1, x0 + 1)
     y1 = max(y1, y0 + 1e-12)
     draw.text((left, corner[1] + 12), title, "black", font_size=16)
     for i in range(5):
@@ -1098,7 +1104,8 @@ def sheet(rows, side=128):
     return page
 
 
-def main(arguments=None):
+def main(arguments=None, kind=Trainer):
+    """One stage from its command line; `kind` makes the Trainer. Returns the exit code."""
     try:
         args = settings(arguments)
         if args.plan:
@@ -1109,7 +1116,7 @@ def main(arguments=None):
             return 0 if check_data(args) else 1
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")      # DCP, in a single process
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")   # a view, and not changed in place
-        trainer = Trainer(args)
+        trainer = kind(args)
         trainer.resume()
         if trainer.processes.rank == 0:
             for problem in list(trainer.pairs.broken.values())[:10]:

@@ -377,7 +377,7 @@ def test_connector_that_writes_the_width_of_the_dit(tiny_weights, tmp_path):
     for with_dit in (False, True):
         fresh.save_pretrained(tmp_path / "weights" / "instructx", dit=with_dit)
         again = InstructX.from_pretrained(tmp_path / "weights")
-        assert np.array_equal(again.edit(IMAGE, "x"), fresh.edit(IMAGE, "x"))
+        assert same(again.edit(IMAGE, "x"), fresh.edit(IMAGE, "x"))
 
 
 def test_official_downloads_side_by_side(copy):
