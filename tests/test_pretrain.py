@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights" / "shapes"))
 
@@ -91,3 +92,17 @@ def test_labels_are_what_the_caption_says():
         cell = world.PLACES.index(thing.places()[0])
         words = [kind[number] for kind, number in zip(pretrain.Look.kinds, labels[:, cell].tolist())]
         assert words == [thing.size, thing.color, thing.shape]
+
+
+def test_words_know_their_phrase():
+    """A color must not be the same wherever it stands, or nothing says which thing has it; what is not there is zero."""
+    tokenizer = Tokenizer.from_file(str(Path(pretrain.HERE) / "mllm" / "tokenizer.json"))
+    captions = ["a red star at the left, a blue circle at the top", "a red circle at the left, a blue star at the top"]
+    one, other = pretrain.caption_context(tokenizer, captions, 64)
+    words = [tokenizer.encode(caption).tokens for caption in captions]
+    red, left, comma = words[0].index("Ġred"), words[0].index("Ġleft"), words[0].index(",")
+    assert words[1].index("Ġred") == red and not torch.allclose(one[red], other[red])
+    assert not torch.allclose(one[left], other[left])
+    assert one[:len(words[0])].abs().sum(dim=1).min() > 0 and not one[len(words[0]):].any()
+    same = pretrain.caption_context(tokenizer, [captions[0][:captions[0].index(",")]], 64)[0]
+    assert torch.allclose(one[:comma], same[:comma], atol=1e-5)         # what another phrase says is no matter

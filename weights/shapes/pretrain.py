@@ -319,14 +319,21 @@ def make_mllm(out, args):
 
 
 def caption_context(tokenizer, captions, width):
-    """The stand-in for T5: (B, TEXT_LENGTH, width) random word vectors plus sinusoidal places, zeros after the end."""
+    """The stand-in for T5: (B, TEXT_LENGTH, width) random word vectors plus sinusoidal places, zeros after the end.
+
+    To each word the others of its phrase are added, up to a comma, as T5's words know what they stand with. Words alone
+    leave it to the DiT to find out which color goes with which place, and for thousands of steps it paints anywhere.
+    """
     table = torch.randn(tokenizer.get_vocab_size(), width, generator=torch.Generator().manual_seed(1))
+    [comma] = tokenizer.encode(",").ids
     place = torch.arange(TEXT_LENGTH)[:, None] / 100 ** (torch.arange(0, width, 2) / width)
     places = torch.cat([place.sin(), place.cos()], dim=1)
     context = torch.zeros(len(captions), TEXT_LENGTH, width)
     for row, caption in zip(context, captions):
-        ids = tokenizer.encode(caption).ids[:TEXT_LENGTH]
-        row[:len(ids)] = table[ids] + places[:len(ids)]
+        ids = torch.tensor(tokenizer.encode(caption).ids[:TEXT_LENGTH])
+        phrase = F.one_hot((ids == comma).cumsum(0)).float()                            # (words, phrases)
+        sums = phrase.T @ table[ids] / phrase.sum(dim=0)[:, None] ** 0.5
+        row[:len(ids)] = table[ids] + phrase @ sums + places[:len(ids)]
     return context
 
 
