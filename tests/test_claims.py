@@ -1,0 +1,234 @@
+"""claims.py at a tiny size on the weights that ship: its arms, its late clips, and a whole run of every claim."""
+
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "weights" / "shapes"
+sys.path.insert(0, str(FOLDER))
+
+import claims
+import train
+import world
+from claims import ARMS, CLAIMS, MEDIA
+
+TINY = ("--weights {} --seeds 1 --steps 2 2 --batch 2 2 2 --video-share 0.5 --data 4 2 2 --test 1 1 1 --queries 3 "
+        "--sampling-steps 1 --device cpu").format(FOLDER).split()
+COSTS = dict.fromkeys(("step of stage 1", "image step of stage 2", "clip step of stage 2", "validation in stage 1",
+                       "validation in stage 2", "all edits"), 360.0)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """An OUT with models and data, and no run yet."""
+    out = tmp_path_factory.mktemp("claims")
+    claims.prepare(claims.parse(["a", *TINY, "--out", str(out)]))
+    return out
+
+
+@pytest.fixture
+def trainer(out, tmp_path):
+    """trainer(arm, stage, seed) as for a run of that arm; stage 2 from a fresh start."""
+    options = claims.parse(["a", *TINY, "--out", str(out)])
+
+    def make(arm, stage, seed=0):
+        return claims.ArmTrainer(arm, train.settings(claims.command_line(options, arm, stage, seed, tmp_path)))
+    return make
+
+
+# ---------- the arms
+
+
+@pytest.mark.parametrize("name", ["transformer", "qformer"])
+def test_other_connectors(trainer, name):
+    """Shapes; what pads one prompt to the length of another must not reach its context; and they are large."""
+    made, baseline = trainer(ARMS[name], 1).model, trainer(ARMS["baseline"], 1).model
+    frames = world.sample(3, video=True).source
+    for shown in (frames[:1], frames):
+        prompts = [made.prompt(shown, words) for words in ("make it night", "replace the blue star with a red circle")]
+        with torch.no_grad():
+            both = made.context(made.processor.collate(prompts), len(shown) > 1)
+            alone = [made.context(prompt, len(shown) > 1) for prompt in prompts]
+        assert both.shape == (2, 3, made.dit.config.text_dim)
+        assert torch.allclose(both, torch.cat(alone), atol=1e-4) and not torch.allclose(*alone, atol=1e-2)
+    count = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count(made) > 3 * count(baseline)
+
+
+def moved(made, video):
+    """Names of all tensors that one step changes in any bit."""
+    tensors = [*made.model.named_parameters(), *made.model.named_buffers()]
+    state = lambda: {name: p.detach().clone() for name, p in tensors}
+    before = state()
+    step = next(step for step in range(9) if made.pairs.is_video(step)[0] == video)
+    assert made.update(*made.load(step))["used"]
+    after = state()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("name, stage", [
+    ("transformer", 1), ("qformer", 1), ("baseline", 1), ("qformer", 2), ("oneset", 2), ("zero", 2), ("none", 2)])
+def test_what_an_arm_trains(trainer, name, stage):
+    """A frozen MLLM that moves, or queries that stand still, and the claim is about something else."""
+    made = trainer(ARMS[name], stage)
+    names, source = {name for name, _ in made.model.named_parameters()}, made.model.dit.source_embedding
+    if stage == 2:
+        start = source.weight.detach().clone()
+        assert torch.equal(start, torch.zeros_like(start)) == (name in ("zero", "none"))
+    for video in (False, True)[:stage]:
+        changed = moved(made, video)
+        queries = "image" if not video or name == "oneset" else "video"
+        expected = {f"connector.{queries}_queries", *(part for part in names if part.startswith("connector.mlp"))}
+        expected |= {part for part in names if ".lora_" in part}
+        expected |= {part for part in names if stage == 2 and part.startswith("dit.")}
+        expected -= {"dit.source_embedding.weight"} if name == "none" else set()
+        assert changed == expected, changed ^ expected
+    assert bool([part for part in names if ".lora_" in part]) == (name not in ("transformer", "qformer"))
+
+
+def test_seeds(trainer):
+    """What is drawn is the same in every arm, and different in every seed."""
+    made = {(name, seed): trainer(ARMS[name], 1, seed) for name in ("baseline", "qformer") for seed in (0, 1)}
+    queries = {key: one.model.connector.image_queries for key, one in made.items()}
+    assert torch.equal(queries["baseline", 0], queries["qformer", 0])
+    random = [name for name in made["baseline", 0].parameters if name.startswith("connector.") or "lora_A" in name]
+    for name in random:
+        assert not torch.equal(made["baseline", 0].parameters[name], made["baseline", 1].parameters[name]), name
+    seen = {key: [(sample.where, sample.seed) for sample in one.load(0)[1][0]] for key, one in made.items()}
+    assert seen["baseline", 0] == seen["qformer", 0] != seen["baseline", 1]
+
+
+def test_the_first_frame_is_all_that_its_arm_sees(trainer):
+    clip = world.sample(3, video=True).source
+    other = np.concatenate([clip[:1], clip[:0:-1]])
+    shown = {name: [trainer(ARMS[name], 1).model.prompt(frames, "x") for frames in (clip, other)]
+             for name in ("baseline", "first")}
+    assert "pixel_values_videos" in shown["baseline"][0]
+    assert not torch.equal(*(prompt["pixel_values_videos"] for prompt in shown["baseline"]))
+    assert torch.equal(*(prompt["pixel_values"] for prompt in shown["first"]))
+
+
+# ---------- the late clips
+
+
+def test_late_clips():
+    """Nothing of the edit is in the first half; the truth passes, and what is wrong only later does not."""
+    for seed in range(len(claims.LATE_KINDS)):
+        case, start = claims.draw("late", seed, "train")
+        assert claims.FRAMES // 2 <= start <= claims.FRAMES - 3
+        assert np.array_equal(case.source[:start], case.target[:start])
+        assert all(world.differs(case.source[i:i + 1], case.target[i:i + 1]).any() for i in range(start, claims.FRAMES))
+        edited = set(case.source_scene.things) ^ set(case.target_scene.things)
+        shown = replace(case.source_scene, things=tuple(set(case.source_scene.things) - edited))
+        assert edited and np.array_equal(world.render(shown, frames=claims.FRAMES)[:start], case.source[:start])
+        line = {"late": start, "source_scene": vars(case.source_scene), "target_scene": vars(case.target_scene)}
+        line = json.loads(json.dumps(line, default=vars))
+        wrong = claims.rivals(line, case.target)
+        judge = lambda output: world.judge(case.source, case.target, output, wrong)["success"]
+        assert judge(case.target) and not judge(case.source)
+        assert not any(judge(rival) for rival in wrong[::4]
+                       if (differs := world.differs(case.target, rival)).any()
+                       and world.far(case.target, rival, differs) >= world.VISIBLE)
+
+
+# ---------- whole runs
+
+
+@pytest.fixture(scope="module")
+def whole(out):
+    """All claims, run once. Nothing is timed for the estimate: that would take as long again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "measure", lambda options, arm: COSTS)
+        assert claims.main([*CLAIMS, *TINY, "--out", str(out)]) == 0
+    return out
+
+
+def test_every_arm_yields_its_rows(whole):
+    for arm in ARMS.values():
+        folder = whole / f"{arm.name}-0"
+        rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        assert [(row["arm"], row["seed"], row["media"], row["cases"]) for row in rows] == [
+            (arm.name, 0, media, 1) for media in MEDIA]
+        assert all(np.isfinite([row[key] for key in ("loss", "success", "inside", "outside")]).all() for row in rows)
+        assert {"stage1", "stage1_mean"} <= rows[0].keys() and not (folder / "stage2" / "checkpoints").exists()
+        steps = [json.loads(line) for line in (folder / "stage2" / "metrics.jsonl").read_text().splitlines()]
+        assert [row["video"] for row in steps] == [False, arm.clips]
+        assert (folder / "stage1").exists() == (arm.stage1 == arm.name)
+        assert [step for step, _ in claims.curve_of(folder / "stage2", "late")] == [0, 2]
+    losses = {arm.name: claims.curve_of(whole / f"{arm.name}-0" / "stage2", "clip") for arm in ARMS.values()}
+    assert len({curve[-1] for curve in losses.values()}) == len(ARMS)               # no arm is another in disguise
+    assert all((whole / f"claim-{claim}.png").exists() for claim in CLAIMS)
+
+
+def test_what_is_there_is_not_made_again(whole, monkeypatch, capsys):
+    """A run that is whole is left alone; of one that was cut off while editing, only what is missing is made."""
+    file, edit = whole / "zero-0" / "results.jsonl", whole / "zero-0" / "edits" / "image-00000.png"
+    rows, pixels = file.read_text(), edit.read_bytes()
+    others = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.parent != whole}
+    file.unlink(), edit.unlink()
+    monkeypatch.setattr(train.Trainer, "run", None)
+    monkeypatch.setattr(claims, "measure", lambda options, arm: COSTS)
+    assert claims.main([*CLAIMS, *TINY, "--out", str(whole)]) == 0
+    assert file.read_text() == rows and edit.read_bytes() == pixels
+    assert all(path.stat().st_mtime_ns == time for path, time in others.items() if path not in (file, edit))
+    capsys.readouterr()
+    monkeypatch.setattr(claims, "run", lambda *_: None)
+    assert claims.main(["table", "plot", "--out", str(whole)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("### ") == len(CLAIMS) and "| no source | late | 1 | 1 | " in said
+    assert said in (whole / "claims.md").read_text()
+
+
+def test_estimate(out, tmp_path, monkeypatch, capsys):
+    """A stage 1 that two arms share counts once; what is measured is what it adds up."""
+    options = claims.parse(["c", *TINY, "--out", str(tmp_path)])
+    monkeypatch.setattr(claims, "measure", lambda options, arm: COSTS)
+    claims.estimate(options, [(ARMS[name], 0) for name in CLAIMS["c"][1]])
+    # 2 steps and 2 validations; twice 2 steps, 2 validations, and the edits
+    assert "1 of stage 1 and 2 of stage 2, about 1.40 hours" in capsys.readouterr().out
+    monkeypatch.undo()
+    costs = claims.measure(claims.parse(["c", *TINY, "--out", str(out)]), ARMS["baseline"])
+    assert costs.keys() == COSTS.keys() and all(value > 0 for value in costs.values())
+
+
+# ---------- tables, and what is refused
+
+
+def test_table_has_mean_and_deviation():
+    values = {"baseline": [0.25, 0.35, 0.3], "first": [0.5]}
+    rows = [{"arm": arm, "seed": seed, "media": "clip", "cases": 27, "loss": value, "success": 100 * value,
+             "inside": 2 * value, "outside": value / 10} for arm in values for seed, value in enumerate(values[arm])]
+    lines = claims.table("d", rows).splitlines()
+    assert statistics.stdev(values["baseline"]) == pytest.approx(0.05)
+    assert lines[0].startswith("### (d) ") and len(lines) == 6
+    assert lines[4] == ("| baseline | clip | 27 | 3 | 0.3000 ± 0.0500 | 30.0 ± 5.0 | 0.600 ± 0.100 | "
+                        "0.0300 ± 0.0050 |  |  |")
+    assert lines[5] == "| first frame | clip | 27 | 1 | 0.5000 | 50.0 | 1.000 | 0.0500 |  |  |"
+    assert {line.count("|") for line in lines[2:]} == {11}
+    assert claims.compared(rows) == ["d"]
+
+
+@pytest.mark.parametrize("arguments, why", [
+    (["a", "--weights", "nowhere"], "no such folder"), (["table"], "no two arms"), (["f"], "invalid choice"),
+    (["a", "--seeds", "0"], "--seeds"), (["a", "--steps", "9"], "--steps")])
+def test_refusals(arguments, why, tmp_path, capsys):
+    try:
+        code = claims.main([*arguments, "--out", str(tmp_path / "out")])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2 and why in said and said.count("\n") == 1
+
+
+def test_runs_of_other_settings_are_refused(out, capsys):
+    """Means over runs of 2 and of 3 steps would say nothing."""
+    capsys.readouterr()
+    assert claims.main(["a", *TINY, "--out", str(out), "--steps", "2", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "steps was [2, 2] and is [2, 3]" in said and said.count("\n") == 1
