@@ -69,7 +69,6 @@ def test_the_first_command(tmp_path):
     assert np.array_equal(pixels(tmp_path / "night_compare.png"), np.concatenate([source, result], axis=2))
 
 
-@pytest.mark.skipif("results are not edits yet" in README, reason="as the README says of the weights of this version")
 def test_the_model_that_ships_edits(tmp_path):
     """Weights that are untrained, or of another code than this one, still make a picture of the right size."""
     edited(EXAMPLE, "turn the scene into night", "-o", tmp_path / "night.png")
