@@ -14,7 +14,6 @@ a broken file is reported at once and not after seconds of imports.
 """
 
 import argparse
-import atexit
 import contextlib
 import itertools
 import math
@@ -567,7 +566,6 @@ def load(args):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)
         group = torch.distributed.group.WORLD
     quantize = args.quantize and getattr(torch, args.quantize)
     model = InstructX.from_pretrained(args.weights, device, getattr(torch, dtype), None, args.offload, quantize, group)
@@ -607,6 +605,10 @@ def edit(args):
     phases.end()
     if LEADS:
         print(phases.table(), file=sys.stderr)
+    if "RANK" in os.environ:
+        import torch.distributed
+        torch.distributed.barrier()     # one that left while another still talks to it would be taken down with an error
+        torch.distributed.destroy_process_group()
     return outputs
 
 

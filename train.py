@@ -1128,6 +1128,7 @@ def main(arguments=None, kind=Trainer):
         if trainer.processes.rank == 0:
             print(final)
         if trainer.processes.count > 1:
+            trainer.processes.wait()    # one that left while another still talks to it would be taken down with an error
             dist.destroy_process_group()
         return 0
     except (ValueError, OSError, Stop) as error:

@@ -137,6 +137,15 @@ def test_late_clips():
                        and world.far(case.target, rival, differs) >= world.VISIBLE)
 
 
+def test_every_case_can_be_judged():
+    """The world knows edits that change nothing, which its judge refuses: a black square on white, turned gray."""
+    seed = 30 * world.SEEDS + 1
+    plain = world.sample(seed, kind=world.KINDS[seed % len(world.KINDS)])
+    case, _ = claims.draw("image", seed, "train")
+    assert not world.differs(plain.source, plain.target).any() and world.differs(case.source, case.target).any()
+    assert case.kind == plain.kind
+
+
 # ---------- whole runs
 
 

@@ -428,6 +428,7 @@ for model in (whole, read):
             condition = model.condition(context, z.shape, source, references, [t[0].item()])
             results.append((model.denoise(z, t, condition), model(z, t, context, source, references)))
 torch.save((results, held), f"{sys.argv[1]}.{dist.get_rank()}")
+dist.barrier()                  # one that left while the other still talks to it would be taken down with an error
 dist.destroy_process_group()
 """
 

@@ -62,6 +62,7 @@ from vae import WanVAE
 MEDIA = ("image", "clip", "late")
 LATE_KINDS = ("swap", "color", "remove")    # what is edited is named by words, and is there before or after
 FRAMES = 9
+REDRAWN = 9 * 200000    # from a seed whose edit changes nothing to another of its kind, past all that --data can reach
 LEVELS = 8      # noise levels of the validation
 CHUNK = 16      # cases that are validated at once
 
@@ -221,7 +222,9 @@ def write_lines(file, rows):
 def draw(media, seed, split):
     """(case, frame at which what the edit is about comes in). Seeds in a row take all kinds in turn."""
     if media != "late":
-        return world.sample(seed, media == "clip", split, world.KINDS[seed % len(world.KINDS)], frames=FRAMES), 0
+        case = world.sample(seed, media == "clip", split, world.KINDS[seed % len(world.KINDS)], frames=FRAMES)
+        seen = world.differs(case.source, case.target).any()    # a black square on white looks the same in gray
+        return (case, 0) if seen else draw(media, seed + REDRAWN, split)
     kind, draft = world.draw(seed, True, split, LATE_KINDS[seed % len(LATE_KINDS)])
     start = int(np.random.default_rng([seed, 1]).integers(FRAMES // 2, FRAMES - 2))
     edited = set(draft.source.things) ^ set(draft.scene.things)
