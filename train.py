@@ -97,6 +97,8 @@ def settings(arguments=None):
     add("--warmup", 500, "steps until the learning rate is reached", number(int, 0, 10**9))
     add("--schedule", "constant", "of the learning rate after that; linear and cosine end at 0",
         choices=("constant", "linear", "cosine"))
+    add("--muon-lr", 0.0, "learning rate of Muon (kellerjordan.github.io/posts/muon) for the matrices of the DiT's blocks, "
+        "about 20 times that of AdamW, which trains all else; 0: AdamW trains them too", positive)
     add("--weight-decay", 0.01, "of matrices; queries, word embeddings, norms, biases, modulation have none", positive)
     add("--clip", 1.0, "largest norm of the gradient", positive)
     add("--drop", 0.1, "probability of an empty instruction, for guidance", share)
@@ -142,10 +144,12 @@ def settings(arguments=None):
     for batch in (args.image_batch, args.video_batch)[:1 if args.stage == 1 else 2]:
         if batch % min(batch, args.micro_batch):
             raise ValueError(f"a batch of {batch} is no multiple of --micro-batch {args.micro_batch}")
-    for name in ("change_weight", "dit_lora"):
+    for name in ("change_weight", "dit_lora", "muon_lr"):
         if getattr(args, name) and args.stage == 1:
             raise ValueError(f"--{name.replace('_', '-')} is for stages 2 and 3: "
                              "stage 1 neither trains the DiT nor shows it the source")
+    if args.muon_lr and args.dit_lora:
+        raise ValueError("--muon-lr is for the matrices of the DiT, which --dit-lora leaves as they are")
     return args
 
 
@@ -504,11 +508,16 @@ def hash_of(*values):
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "little") >> 1
 
 
-def learning_rate(step, args):
+def by_muon(name, parameter, args):
+    """Whether Muon trains a parameter of InstructX. It is for matrices between hidden states alone, not for embeddings."""
+    return args.muon_lr > 0 and name.startswith("dit.blocks.") and parameter.ndim == 2
+
+
+def learning_rate(step, args, highest):
     """Linear warm-up, then constant (paper), or falling to 0 along a line or a cosine."""
     done = min(1, max(0, step + 1 - args.warmup) / max(1, args.steps - args.warmup))
     falling = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
-    return args.lr * min(1, (step + 1) / max(1, args.warmup)) * falling
+    return highest * min(1, (step + 1) / max(1, args.warmup)) * falling
 
 
 class Processes:
@@ -559,7 +568,7 @@ class Processes:
 
 
 class Trainer:
-    """One training run: the models, the optimizer, and what a step does with them."""
+    """One training run: the models, the optimizers, and what a step does with them."""
 
     def __init__(self, args):
         self.args, self.compute, self.processes = args, getattr(torch, args.precision), Processes(args.device)
@@ -572,7 +581,7 @@ class Trainer:
         self.processes.shard(self.model)
         self.model.dit.gradient_checkpointing = self.model.mllm.gradient_checkpointing = args.gradient_checkpointing
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = self.make_optimizer()
+        self.optimizers = self.make_optimizers()
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if args.ema else {}
         self.pairs = self.read_pairs(args.data)
         if not any(self.pairs.buckets.values()):
@@ -588,15 +597,27 @@ class Trainer:
         trainable(model, self.args, self.compute)
         return model
 
-    def make_optimizer(self):
-        """AdamW. Decay would wear down embeddings of words that are not seen, and pull norms and biases to zero."""
-        groups = {}                                     # what is sharded and what is not can't be in one group
+    def make_optimizers(self):
+        """AdamW, and Muon if it is asked for. Decay would wear down embeddings of words that are not seen, and pull norms
+        and biases to zero."""
+        groups, matrices = {}, []                       # what is sharded and what is not can't be in one group
         for name, p in self.parameters.items():
+            if by_muon(name, p, self.args):
+                matrices.append(p)
+                continue
             decays = p.ndim > 1 and not any(part in name for part in ("queries", "modulation", "embed_tokens"))
             groups.setdefault((isinstance(p, DTensor), decays), []).append(p)
         groups = [{"params": list_of, "weight_decay": decays * self.args.weight_decay}
                   for (_, decays), list_of in groups.items()]
-        return torch.optim.AdamW(groups, lr=self.args.lr, betas=(0.9, 0.95), fused=True)
+        optimizers = [torch.optim.AdamW(groups, lr=self.args.lr, betas=(0.9, 0.95), fused=True)]
+        if matrices:
+            optimizers.append(torch.optim.Muon(matrices, lr=self.args.muon_lr, weight_decay=self.args.weight_decay))
+        return optimizers
+
+    def moments(self, name):
+        """{kind: tensor}: what its optimizer remembers of a parameter; nothing before the first step."""
+        parameter = self.parameters[name]
+        return self.optimizers[by_muon(name, parameter, self.args)].state[parameter]
 
     def read_pairs(self, files):
         """The pairs in data files. The first process looks up their sizes, the others find what it wrote."""
@@ -689,15 +710,17 @@ class Trainer:
                                       if sample.weight])
         norm = self.clip_gradients()
         used = count > 0 and math.isfinite(norm) and all(math.isfinite(loss) for _, loss, _, _ in rows)
-        rate = learning_rate(self.step, args)
+        rates = [learning_rate(self.step, args, highest) for highest in (args.lr, args.muon_lr)]
         if used:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            for optimizer, rate in zip(self.optimizers, rates):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
             decay = min(args.ema, (1 + self.step) / (10 + self.step))       # or the start would stay in it for long
             for name, average in self.average.items():
                 average.lerp_(self.parameters[name].detach(), 1 - decay)
-        self.optimizer.zero_grad()
+        for parameter in self.parameters.values():
+            parameter.grad = None
         self.unusable = 0 if used else self.unusable + 1
         self.names = [where for _, _, _, where in rows]
         bins = [[] for _ in range(SIGMA_BINS)]
@@ -705,7 +728,7 @@ class Trainer:
             bins[min(SIGMA_BINS - 1, int(sigma * SIGMA_BINS))].append(loss)
         mean = lambda values: sum(values) / len(values) if values else None
         return {"step": self.step, "video": video, "samples": count, "loss": mean([loss for _, loss, _, _ in rows]),
-                "by_sigma": [mean(values) for values in bins], "gradient": norm, "lr": rate, "used": used}
+                "by_sigma": [mean(values) for values in bins], "gradient": norm, "lr": rates[0], "used": used}
 
     def clip_gradients(self):
         """Scales all gradients down to a norm of --clip together. Returns the norm before."""
@@ -797,11 +820,11 @@ class Trainer:
         return np.concatenate(list(self.model.decode(z, (*shape[0], 3))))
 
     def state(self):
-        """{name: tensor} of what a checkpoint holds: weights, "ema NAME", and of the optimizer "exp_avg NAME"."""
+        """{name: tensor} of what a checkpoint holds: weights, "ema NAME", and of the optimizers "exp_avg NAME"."""
         tensors = {name: p.detach() for name, p in self.parameters.items()}
         tensors |= {f"ema {name}": average for name, average in self.average.items()}
-        for name, parameter in self.parameters.items():
-            tensors |= {f"{key} {name}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+        for name in self.parameters:
+            tensors |= {f"{kind} {name}": value for kind, value in self.moments(name).items()}
         return tensors
 
     def save(self):
@@ -841,12 +864,11 @@ class Trainer:
         if odd:
             raise ValueError(f"{found[-1]} was made with other settings: {'; '.join(odd)}; or take another --out")
         reader = HuggingFaceStorageReader(found[-1])
-        for key in reader.read_metadata().state_dict_metadata:      # the optimizer has no moments before its first step
+        for key in reader.read_metadata().state_dict_metadata:      # there are no moments before the first step
             kind, _, name = key.rpartition(" ")
-            if kind in ("step", "exp_avg", "exp_avg_sq"):
-                parameter = self.parameters[name]
-                empty = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(parameter).detach()
-                self.optimizer.state[parameter][kind] = empty
+            if kind in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
+                empty = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(self.parameters[name]).detach()
+                self.moments(name)[kind] = empty
         checkpoint.load(self.state(), storage_reader=reader, no_dist=self.processes.count == 1)
         self.step, self.unusable = state["step"], state["unusable"]
         if self.processes.rank == 0:
@@ -938,9 +960,9 @@ def skeleton(args, layers=None):
 
 
 def held_bytes(parameters, args):
-    """Of weights and, where they train, gradients, two moments and averages, all float32."""
-    copies = 5 if args.ema else 4
-    return sum(p.numel() * (4 * copies if p.requires_grad else p.element_size()) for p in parameters)
+    """Of weights {name: parameter} and, where they train, gradients, two moments (Muon: one) and averages, all float32."""
+    copies = lambda name, p: (5 if args.ema else 4) - by_muon(name, p, args)
+    return sum(p.numel() * (4 * copies(name, p) if p.requires_grad else p.element_size()) for name, p in parameters.items())
 
 
 def plan(args):
@@ -953,10 +975,10 @@ def plan(args):
     # Sharded, the weights of a block and of the next one are gathered while it runs.
     held = 2 * 4 * sum(p.numel() for p in model.dit.blocks[0].parameters()) if gpus > 1 else 0
     for name in ("mllm", "connector", "dit", "vae"):
-        parameters = [*getattr(model, name).parameters()]
+        parameters = {f"{name}.{part}": p for part, p in getattr(model, name).named_parameters()}
         size = held_bytes(parameters, args) / (gpus if name == "dit" else 1)
         held += size
-        count, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+        count, trained = (sum(p.numel() for p in parameters.values() if p.requires_grad or every) for every in (True, False))
         print(f"{name:10}{count / 1e6:10.1f} M{trained / 1e6:10.1f} M{size / 1e9:12.2f}")
     seconds, clips = [], args.video_share if args.stage > 1 else 0.0
     for kind, batch, frames, share in (("image", args.image_batch, 1, 1 - clips),
