@@ -23,6 +23,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -265,6 +266,8 @@ class InstructX(nn.Module):
         if quantize and group:
             raise ValueError("a DiT that is shared out cannot be quantized too")
         place = locate(folder, instructx)
+        if not offload:
+            Thread(target=read_ahead, args=(place.values(),), daemon=True).start()
         mllm = Qwen2_5_VL.from_pretrained(place["mllm"], device, dtype, Offload if offload else None)
         dit = WanDiT.from_pretrained(place["dit"], device, dtype, Offload if offload or quantize or group else None)
         vae = WanVAE.from_pretrained(place["vae"], device)
@@ -387,6 +390,22 @@ def shrink(image, area):
         return image
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def read_ahead(paths):
+    """Has the system read the weights at `paths` into free memory, in this order, while models load and work.
+
+    Files are mapped, so without this what lies on a disk is read where it is first touched, in the middle of an edit. Nothing
+    is read if not all of it fits into memory, or the last would push out the first.
+    """
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*")))
+             if file.suffix in (".safetensors", ".pth", ".bin")]
+    if not hasattr(os, "posix_fadvise"):                            # macOS, Windows
+        return
+    if sum(file.stat().st_size for file in files) < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        for file in files:
+            with open(file, "rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def read_json(file):

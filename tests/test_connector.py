@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -312,6 +313,22 @@ def test_own_checkpoint_that_does_not_fit(copy, change, said):
             InstructX.from_pretrained(copy)
     else:
         assert InstructX.from_pretrained(copy).dit.source_embedding is None
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system has no such call")
+def test_weights_are_read_ahead_where_they_fit(tiny_weights, monkeypatch):
+    """All weights and nothing else, in the order of their use; and none where the last would push out the first."""
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *rest: asked.append((os.readlink(f"/proc/self/fd/{file}"), *rest)))
+    place = locate(tiny_weights)
+    connector.read_ahead(place.values())
+    files = [file for folder in place.values() for file in sorted(folder.rglob("*.safetensors"))]
+    assert files and asked == [(str(file), 0, 0, os.POSIX_FADV_WILLNEED) for file in files]
+    asked.clear()
+    size = sum(file.stat().st_size for file in files)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}[name])
+    connector.read_ahead(place.values())
+    assert not asked
 
 
 def test_own_checkpoint_that_is_damaged(copy):

@@ -321,7 +321,11 @@ def test_needs_of_the_readme(preset):
                                  ("81 frames of 832x480", (16, 21, 60, 104), 512),
                                  ("81 frames of 1280x720", (16, 21, 90, 160), 512)):
         row = f"| {preset}, {name} | " + " | ".join(f"{size:.1f}" for size in needs(preset, shape, queries)) + " |"
-        assert row in README
+        assert row in README, row
+        _, _, flop = dit.costs(dit.PRESETS[preset], (1, *shape), queries)
+        seconds = [2 * 50 * flop / (peak * 1e12) for peak in (790, 312, 165)]       # guidance, steps
+        row = f"| {preset}, {name} | {100 * flop / 1e15:,.1f} | " + " | ".join(f"{time:,.0f}" for time in seconds) + " |"
+        assert row in README, row
 
 
 def test_shapes_of_the_readme():

@@ -310,7 +310,8 @@ def command_line(options, arm, stage, seed, out, start=None):
             "--validate", data / "test" / "data.jsonl", "--validate-every", options.validate_every,
             "--validate-count", sum(options.test)]
     if stage == 2:
-        line += ["--change-weight", 3, "--schedule", "linear", *(["--start", start] if start else [])]
+        line += ["--change-weight", 3, "--muon-lr", 20 * options.lr, "--schedule", "linear",
+                 *(["--start", start] if start else [])]
     if not start:
         line += ["--config", f"image_queries={options.queries}", f"video_queries={options.queries}", "hidden_dim=384",
                  f"lora_rank={32 * arm.lora}", "lora_alpha=32", f"mllm_frames={FRAMES}", "guidance=2", "shift=3",

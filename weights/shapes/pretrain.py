@@ -132,9 +132,13 @@ def to_video(pictures):
     return pictures.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def draw(pictures, rng, count):
-    """`count` of the bank's pictures, mirrored at random (captions do not hold for them: for the VAE alone)."""
-    chosen = pictures[torch.from_numpy(rng.integers(len(pictures), size=count))]
+def draw(pictures, rng, count, often=()):
+    """`count` of the bank's pictures, half of them among `often` if that is given, mirrored at random (captions do not hold
+    for them: for the VAE alone)."""
+    numbers = rng.integers(len(pictures), size=count)
+    if len(often):
+        numbers[::2] = rng.choice(often, size=len(numbers[::2]))
+    chosen = pictures[torch.from_numpy(numbers)]
     axes = [axis for axis in (2, 3) if rng.random() < 0.5]
     return to_video(chosen.flip(axes) if axes else chosen)
 
@@ -219,14 +223,18 @@ def conversation(case, rng):
 
 
 def make_decoder(out, args):
-    """More of the decoder alone: latents stay as they are, and no noise on them is left to be cautious about."""
-    pictures, _ = bank(out)
+    """More of the decoder alone: latents stay as they are, and no noise on them is left to be cautious about.
+
+    Half of the pictures have a style or tone: one in eight of the bank has, and sketches and mosaics are what is lost.
+    """
+    pictures, captions = bank(out)
+    looks = {name: [i for i, caption in enumerate(value) if ", as " in caption] for name, value in captions.items()}
     vae = WanVAE.from_pretrained(out / "vae").requires_grad_(False)
     vae.decoder.requires_grad_(True)
 
     def loss_of(step, rng):
         clip = step % 2
-        video = draw(pictures["clip"], rng, 2) if clip else draw(pictures["image"], rng, 8)
+        video = draw(pictures["clip"], rng, 2, looks["clip"]) if clip else draw(pictures["image"], rng, 8, looks["image"])
         with torch.no_grad():
             mean, _ = vae.moments(video, chunk=2)
         error = vae.reconstruct(mean, chunk=2) - video
