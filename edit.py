@@ -57,6 +57,7 @@ MATRICES = {"bt709": "bt709", "smpte170m": "smpte170m", "bt470bg": "bt470", "bt2
 
 LEADS = os.environ.get("RANK", "0") == "0"     # under torchrun one process writes and speaks for all
 SMALLEST, LARGEST, LARGEST_AREA = 16, 8192, 4096 * 4096             # pixels
+WEBP_SIDE = 16383                                                   # the most that the format can say
 MOST_NARROW = 200                                                   # the MLLM takes sides of less than 200 to 1
 
 # PIL warns of 89 million pixels and refuses twice as many. The refusal is enough.
@@ -534,6 +535,8 @@ def read_inputs(args):
     what, kinds = ("a clip", CLIP_OPTIONS) if source.is_video else ("an image", IMAGE_OPTIONS)
     if kind not in kinds:
         raise ValueError(f"{args.input} is {what}, which {kind} cannot hold; {' '.join(kinds)} can")
+    if args.compare and kind == ".webp" and 2 * source.frames.shape[2] > WEBP_SIDE:
+        raise ValueError(f"--compare would be {2 * source.frames.shape[2]} pixels wide, and .webp holds {WEBP_SIDE}; .png holds more")
     references = [read_frames(path, 1, None, check_size) for path in args.ref]
     for path, reference in zip(args.ref, references):
         if reference.is_video:

@@ -283,6 +283,8 @@ class Pairs:
             shapes = pool.map(self.try_shape, self.pairs)
             self.shapes = [*tqdm(shapes, desc="sizes", total=len(self.pairs), disable=None, leave=False)]
         self.index.save()
+        rows = [(pair.where.rpartition(":")[2], pair.instruction, shape) for pair, shape in zip(self.pairs, self.shapes)]
+        self.digest = hashlib.sha256(repr(rows).encode()).hexdigest()
         for i, shape in enumerate(self.shapes):
             if shape and (args.stage > 1 or shape[0][0] == 1):
                 bucket = shape if args.stage > 1 else shape[:1]         # in stage 1 the DiT sees no references
@@ -842,7 +844,7 @@ class Trainer:
             writer = HuggingFaceStorageWriter(partial, save_distributed=True)
             checkpoint.save(self.state(), storage_writer=writer, no_dist=self.processes.count == 1)
             if first:
-                state = {"step": self.step, "unusable": self.unusable, "settings": lasting(self.args)}
+                state = {"step": self.step, "unusable": self.unusable, "settings": lasting(self.args), "data": self.pairs.digest}
                 (partial / "state.json").write_text(json.dumps(state, indent=2))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
@@ -873,6 +875,8 @@ class Trainer:
         self.step, self.unusable = state["step"], state["unusable"]
         if self.processes.rank == 0:
             print(f"train.py: goes on at step {self.step}, from {found[-1]}", file=sys.stderr)
+            if state["data"] != self.pairs.digest:
+                print("train.py: the data are not those of the checkpoint, so their order is another one", file=sys.stderr)
 
     def finish(self):
         """Writes the result, OUT/instructx, put together, with low-rank matrices merged; it appears when whole."""

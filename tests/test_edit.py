@@ -516,6 +516,7 @@ BAD = {  # name: (input, arguments, what must be said)
     "no extension": (FINE, ["-o", "out"], "no known extension"),
     "image to a clip's extension": (FINE, ["-o", "out.mp4"], r"is an image, which .mp4 cannot hold; .png .jpg"),
     "clip to an image's extension": (animation, ["-o", "out.jpg"], r"is a clip, which .jpg cannot hold; .mp4"),
+    "comparison too wide": (png(48, 8192), ["-o", "out.webp", "--compare"], r"16384 pixels wide.*\.png"),
     "output folder missing": (FINE, ["-o", "no/such/out.png"], "no folder"),
     "output is a folder": (FINE, ["-o", "taken.png"], "taken.png is a folder"),
     "output folder read-only": (FINE, ["-o", "/proc/out.png"], "/proc/out.png cannot be written"),

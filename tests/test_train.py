@@ -518,6 +518,17 @@ def test_killed_runs_go_on_bit_for_bit(arguments, tmp_path):
     assert [path.name for path in train.checkpoints(out)] == ["step-0000021", "step-0000024"]
 
 
+def test_other_data_are_noticed(arguments, tmp_path, capsys):
+    """Training may go on with more data than before, but it is then no longer the run that was planned."""
+    data, out, said = write_data(tmp_path / "data"), tmp_path / "out", []
+    lines = data.read_text().splitlines()
+    for i, rows in enumerate((lines, lines, lines[:-1])):
+        data.write_text("\n".join(rows))
+        assert train.main(arguments(1, "--data", data, "--steps", i + 1, out=out)) == 0
+        said.append("the data are not those" in capsys.readouterr().err)
+    assert said == [False, False, True]
+
+
 def test_other_settings_do_not_go_on(arguments, capsys):
     """A resumed run with another learning rate or data order would be neither the one nor the other."""
     assert train.main(arguments(1, "--steps", 1)) == 0
