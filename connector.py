@@ -93,8 +93,8 @@ class Connector(nn.Module):
         return self.video_queries if is_video else self.image_queries
 
     def forward(self, features):
-        """(B, Q, D) hidden states at the queries -> (B, Q, context_dim)."""
-        return self.mlp(features)
+        """(B, Q, D) hidden states at the queries, of any float dtype -> (B, Q, context_dim) in the connector's own."""
+        return self.mlp(features.to(self.image_queries.dtype))
 
 
 def trim_heap():

@@ -451,6 +451,18 @@ def test_precision_of_each_part(tiny_weights):
     assert 0 < np.abs(rounded.astype(int) - exact).mean() < np.abs(other.astype(int) - exact).mean() / 2
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_released_precisions_together(copy, trained):
+    """As on the hub the MLLM is bfloat16 and the 1.3B float32: without a dtype each stays so, and they work together."""
+    Qwen2_5_VL.from_pretrained(copy / "mllm", dtype=torch.bfloat16).save_pretrained(copy / "mllm")
+    if not trained:
+        shutil.rmtree(copy / "instructx")
+    mixed = InstructX.from_pretrained(copy)
+    assert mixed.mllm.model.norm.weight.dtype == torch.bfloat16 and mixed.connector.image_queries.dtype == torch.float32
+    result, exact = mixed.edit(CLIP, "x", REFERENCES), InstructX.from_pretrained(copy, dtype=torch.float32).edit(CLIP, "x", REFERENCES)
+    assert np.abs(result.astype(int) - exact).mean() < 3
+
+
 def test_config_that_is_not_ours(copy):
     """A setting that is not known would be ignored; the error lists those that are."""
     file = copy / "instructx" / "config.json"
