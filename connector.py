@@ -16,6 +16,7 @@ Letters: B batch, T frames, F latent frames = 1 + (T-1)/4, H W pixels, h w = H/8
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -398,14 +399,15 @@ def read_ahead(paths):
     Files are mapped, so without this what lies on a disk is read where it is first touched, in the middle of an edit. Nothing
     is read if not all of it fits into memory, or the last would push out the first.
     """
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*")))
-             if file.suffix in (".safetensors", ".pth", ".bin")]
     if not hasattr(os, "posix_fadvise"):                            # macOS, Windows
         return
-    if sum(file.stat().st_size for file in files) < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        for file in files:
-            with open(file, "rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*")))
+             if file.suffix in (".safetensors", ".pth", ".bin")]
+    with contextlib.suppress(OSError):                              # whoever loads the file says what is wrong with it
+        if sum(file.stat().st_size for file in files) < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            for file in files:
+                with open(file, "rb") as stream:
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def read_json(file):

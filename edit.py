@@ -411,6 +411,8 @@ class Phases:
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, but for what it says of a mistake."""
+
     def error(self, message):
         """One line and no more: the usage that argparse prints before it hides what is wrong."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -535,8 +537,8 @@ def read_inputs(args):
     what, kinds = ("a clip", CLIP_OPTIONS) if source.is_video else ("an image", IMAGE_OPTIONS)
     if kind not in kinds:
         raise ValueError(f"{args.input} is {what}, which {kind} cannot hold; {' '.join(kinds)} can")
-    if args.compare and kind == ".webp" and 2 * source.frames.shape[2] > WEBP_SIDE:
-        raise ValueError(f"--compare would be {2 * source.frames.shape[2]} pixels wide, and .webp holds {WEBP_SIDE}; .png holds more")
+    if args.compare and kind == ".webp" and (width := 2 * source.frames.shape[2]) > WEBP_SIDE:
+        raise ValueError(f"--compare would be {width} pixels wide, and .webp holds {WEBP_SIDE}; .png holds more")
     references = [read_frames(path, 1, None, check_size) for path in args.ref]
     for path, reference in zip(args.ref, references):
         if reference.is_video:
@@ -616,6 +618,8 @@ def edit(args):
 
 
 def main(argv=None):
+    """Edits what the command line names, and prints the files written. Ends with code 2 after one line of what is wrong,
+    130 after Ctrl-C."""
     command_line = parser()
     args = command_line.parse_args(argv)
     try:

@@ -97,8 +97,8 @@ def settings(arguments=None):
     add("--warmup", 500, "steps until the learning rate is reached", number(int, 0, 10**9))
     add("--schedule", "constant", "of the learning rate after that; linear and cosine end at 0",
         choices=("constant", "linear", "cosine"))
-    add("--muon-lr", 0.0, "learning rate of Muon (kellerjordan.github.io/posts/muon) for the matrices of the DiT's blocks, "
-        "about 20 times that of AdamW, which trains all else; 0: AdamW trains them too", positive)
+    add("--muon-lr", 0.0, "learning rate of Muon (kellerjordan.github.io/posts/muon) for the matrices of the DiT's "
+        "blocks, about 20 times that of AdamW, which trains all else; 0: AdamW trains them too", positive)
     add("--weight-decay", 0.01, "of matrices; queries, word embeddings, norms, biases, modulation have none", positive)
     add("--clip", 1.0, "largest norm of the gradient", positive)
     add("--drop", 0.1, "probability of an empty instruction, for guidance", share)
@@ -283,7 +283,8 @@ class Pairs:
             shapes = pool.map(self.try_shape, self.pairs)
             self.shapes = [*tqdm(shapes, desc="sizes", total=len(self.pairs), disable=None, leave=False)]
         self.index.save()
-        rows = [(pair.where.rpartition(":")[2], pair.instruction, shape) for pair, shape in zip(self.pairs, self.shapes)]
+        rows = [(pair.where.rpartition(":")[2], pair.instruction, shape)
+                for pair, shape in zip(self.pairs, self.shapes)]
         self.digest = hashlib.sha256(repr(rows).encode()).hexdigest()
         for i, shape in enumerate(self.shapes):
             if shape and (args.stage > 1 or shape[0][0] == 1):
@@ -511,7 +512,7 @@ def hash_of(*values):
 
 
 def by_muon(name, parameter, args):
-    """Whether Muon trains a parameter of InstructX. It is for matrices between hidden states alone, not for embeddings."""
+    """Whether Muon trains a parameter of InstructX: it is for matrices between hidden states, not for embeddings."""
     return args.muon_lr > 0 and name.startswith("dit.blocks.") and parameter.ndim == 2
 
 
@@ -600,8 +601,11 @@ class Trainer:
         return model
 
     def make_optimizers(self):
-        """AdamW, and Muon if it is asked for. Decay would wear down embeddings of words that are not seen, and pull norms
-        and biases to zero."""
+        """AdamW, and Muon if it is asked for.
+
+        Decay would wear down embeddings of words that are not seen, and pull norms and biases to zero. Muon rounds its
+        steps to bfloat16, so with it runs of one and of several processes agree less closely: to 1e-4, not to 1e-5.
+        """
         groups, matrices = {}, []                       # what is sharded and what is not can't be in one group
         for name, p in self.parameters.items():
             if by_muon(name, p, self.args):
@@ -721,8 +725,7 @@ class Trainer:
             decay = min(args.ema, (1 + self.step) / (10 + self.step))       # or the start would stay in it for long
             for name, average in self.average.items():
                 average.lerp_(self.parameters[name].detach(), 1 - decay)
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self.model.zero_grad()
         self.unusable = 0 if used else self.unusable + 1
         self.names = [where for _, _, _, where in rows]
         bins = [[] for _ in range(SIGMA_BINS)]
@@ -844,7 +847,8 @@ class Trainer:
             writer = HuggingFaceStorageWriter(partial, save_distributed=True)
             checkpoint.save(self.state(), storage_writer=writer, no_dist=self.processes.count == 1)
             if first:
-                state = {"step": self.step, "unusable": self.unusable, "settings": lasting(self.args), "data": self.pairs.digest}
+                state = {"step": self.step, "unusable": self.unusable, "settings": lasting(self.args),
+                         "data": self.pairs.digest}
                 (partial / "state.json").write_text(json.dumps(state, indent=2))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
@@ -869,14 +873,16 @@ class Trainer:
         for key in reader.read_metadata().state_dict_metadata:      # there are no moments before the first step
             kind, _, name = key.rpartition(" ")
             if kind in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
-                empty = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(self.parameters[name]).detach()
+                parameter = self.parameters[name]
+                empty = torch.zeros((), device=self.device) if kind == "step" else torch.zeros_like(parameter).detach()
                 self.moments(name)[kind] = empty
         checkpoint.load(self.state(), storage_reader=reader, no_dist=self.processes.count == 1)
         self.step, self.unusable = state["step"], state["unusable"]
         if self.processes.rank == 0:
             print(f"train.py: goes on at step {self.step}, from {found[-1]}", file=sys.stderr)
             if state["data"] != self.pairs.digest:
-                print("train.py: the data are not those of the checkpoint, so their order is another one", file=sys.stderr)
+                print("train.py: the data are not those of the checkpoint: from here on it is another run",
+                      file=sys.stderr)
 
     def finish(self):
         """Writes the result, OUT/instructx, put together, with low-rank matrices merged; it appears when whole."""
@@ -964,9 +970,11 @@ def skeleton(args, layers=None):
 
 
 def held_bytes(parameters, args):
-    """Of weights {name: parameter} and, where they train, gradients, two moments (Muon: one) and averages, all float32."""
+    """Of weights {name: parameter} and, where they train, gradients, two moments and averages, all float32. Muon has
+    one moment."""
     copies = lambda name, p: (5 if args.ema else 4) - by_muon(name, p, args)
-    return sum(p.numel() * (4 * copies(name, p) if p.requires_grad else p.element_size()) for name, p in parameters.items())
+    return sum(p.numel() * (4 * copies(name, p) if p.requires_grad else p.element_size())
+               for name, p in parameters.items())
 
 
 def plan(args):
@@ -982,7 +990,8 @@ def plan(args):
         parameters = {f"{name}.{part}": p for part, p in getattr(model, name).named_parameters()}
         size = held_bytes(parameters, args) / (gpus if name == "dit" else 1)
         held += size
-        count, trained = (sum(p.numel() for p in parameters.values() if p.requires_grad or every) for every in (True, False))
+        count, trained = (sum(p.numel() for p in parameters.values() if p.requires_grad or every)
+                          for every in (True, False))
         print(f"{name:10}{count / 1e6:10.1f} M{trained / 1e6:10.1f} M{size / 1e9:12.2f}")
     seconds, clips = [], args.video_share if args.stage > 1 else 0.0
     for kind, batch, frames, share in (("image", args.image_batch, 1, 1 - clips),

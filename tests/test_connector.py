@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -329,6 +330,15 @@ def test_weights_are_read_ahead_where_they_fit(tiny_weights, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}[name])
     connector.read_ahead(place.values())
     assert not asked
+
+
+def test_reading_ahead_says_nothing(tmp_path, capfd):
+    """A file that cannot be read is told of where it is loaded, in one line, and not by a thread's traceback beside it."""
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    reading = Thread(target=connector.read_ahead, args=([tmp_path],))
+    reading.start()
+    reading.join()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_own_checkpoint_that_is_damaged(copy):
