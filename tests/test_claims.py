@@ -92,6 +92,22 @@ def test_what_an_arm_trains(trainer, name, stage):
     assert bool([part for part in names if ".lora_" in part]) == (name not in ("transformer", "qformer"))
 
 
+@pytest.mark.parametrize("name", ["baseline", "transformer", "qformer"])
+def test_half_precision(out, tmp_path, name):
+    """--precision reaches training and validation of every connector, and hardly changes a loss."""
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        options = claims.parse(["a", *TINY, "--out", str(out), "--precision", precision])
+        line = claims.command_line(options, ARMS[name], 2, 0, tmp_path / precision)
+        made = claims.ArmTrainer(ARMS[name], train.settings(line))
+        made.args.out.mkdir()
+        made.validate()
+        figures = made.update(*made.load(0))
+        assert figures["used"] and made.model.mllm.visual.patch_embed.proj.weight.dtype == getattr(torch, precision)
+        losses.append([figures["loss"], claims.curve_of(made.args.out, "image")[0][1]])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+
+
 def test_seeds(trainer):
     """What is drawn is the same in every arm, and different in every seed."""
     made = {(name, seed): trainer(ARMS[name], 1, seed) for name in ("baseline", "qformer") for seed in (0, 1)}

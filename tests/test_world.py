@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,8 @@ def test_kinds_are_balanced():
     assert {planned.count((kind, True)) for kind in KINDS} == {30}
     assert {planned.count((kind, False)) for kind in KINDS} == {70}
     assert sorted(kind for kind, video in world.plan(27, 1 / 3) if video) == sorted(KINDS)
+    planned = list(world.plan(40, 0.5, ("style", "swap")))
+    assert {planned.count(case) for case in product(("style", "swap"), (False, True))} == {10}
 
 
 def test_nothing_overlaps_or_leaves_the_frame():
@@ -411,6 +414,14 @@ def test_files_hold_exactly_the_case(tmp_path):
         assert all(np.array_equal(a, b) for a, b in zip(references, case.references, strict=True))
         assert Scene.from_dict(line["source_scene"]) == case.source_scene
         assert Scene.from_dict(line["target_scene"]) == case.target_scene
+
+
+def test_make_takes_the_kinds_it_is_asked_for(tmp_path):
+    """Data for what a model still lacks are mixed in by this; a kind that is not known must not end in a traceback."""
+    assert run("make", tmp_path, "--count", 4, "--kinds", "ref_add", "tone").returncode == 0
+    assert [json.loads(line)["kind"] for line in open(tmp_path / "data.jsonl")] == ["ref_add", "tone"] * 2
+    wrong = run("make", tmp_path / "other", "--kinds", "paint")
+    assert wrong.returncode == 2 and "paint" in wrong.stderr and not (tmp_path / "other").exists()
 
 
 def test_make_never_mixes_two_datasets(tmp_path):

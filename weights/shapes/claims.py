@@ -306,7 +306,7 @@ def command_line(options, arm, stage, seed, out, start=None):
             "--cache", options.out / "cache", "--steps", steps, "--save-every", 100, "--keep", 1,
             "--image-batch", images, "--video-batch", clips, "--micro-batch", max(images, clips),
             "--video-share", options.video_share, "--lr", options.lr, "--warmup", 20, "--sigma", arm.sigma,
-            "--image-shift", 3, "--video-shift", 3, "--device", options.device, "--precision", "float32",
+            "--image-shift", 3, "--video-shift", 3, "--device", options.device, "--precision", options.precision,
             "--validate", data / "test" / "data.jsonl", "--validate-every", options.validate_every,
             "--validate-count", sum(options.test)]
     if stage == 2:
@@ -539,6 +539,7 @@ def parse(arguments):
     add("--validate-every", 50, "steps between validations", count)
     add("--sampling-steps", 10, "of each edit", count)
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train", str)
+    add("--precision", "float32", "of matrix products in training", str, choices=("float32", "bfloat16"))
     return parser.parse_args(arguments)
 
 

@@ -572,14 +572,14 @@ def write_case(case, folder, name):
     }
 
 
-def plan(count, video_share):
-    """Yields (kind, video) so that every kind comes equally often, as image and as clip."""
+def plan(count, video_share, kinds=KINDS):
+    """Yields (kind, video) so that each of `kinds` comes equally often, as image and as clip."""
     for i in range(count):
-        turn = i // len(KINDS)
-        yield KINDS[i % len(KINDS)], int((turn + 1) * video_share + 0.5) > int(turn * video_share + 0.5)
+        turn = i // len(kinds)
+        yield kinds[i % len(kinds)], int((turn + 1) * video_share + 0.5) > int(turn * video_share + 0.5)
 
 
-def make(folder, count, video_share=0.3, seed=0, split="train", size=64, frames=9):
+def make(folder, count, video_share=0.3, seed=0, split="train", size=64, frames=9, kinds=KINDS):
     """Writes count cases and, when all are there, data.jsonl. Raises FileExistsError where a data.jsonl is already."""
     folder = Path(folder)
     if (folder / "data.jsonl").exists():
@@ -589,7 +589,7 @@ def make(folder, count, video_share=0.3, seed=0, split="train", size=64, frames=
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "data.jsonl.tmp"
     with open(unfinished, "w") as file:
-        for i, (kind, video) in enumerate(tqdm(plan(count, video_share), "cases", total=count)):
+        for i, (kind, video) in enumerate(tqdm(plan(count, video_share, kinds), "cases", total=count)):
             case = sample(seed * SEEDS + i, video, split, kind, size, frames)
             file.write(json.dumps(write_case(case, folder, f"{i:06d}")) + "\n")
     os.replace(unfinished, folder / "data.jsonl")
@@ -867,6 +867,7 @@ def parse():
     command.add_argument("--video-share", type=float, default=0.3, help="share of clips among them")
     command.add_argument("--size", type=int, default=64, help="side of the frame in pixels, a multiple of 8")
     command.add_argument("--frames", type=int, default=9, help="frames of a clip, 4n+1 for the VAE")
+    command.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="the kinds of edits")
     makes = command
     command = add("show", "draw a contact sheet with one case of each kind")
     command.add_argument("out", type=Path, help="PNG to write")
@@ -893,7 +894,7 @@ def main():
     parser, args = parse()
     try:
         if args.command == "make":
-            make(args.out, args.count, args.video_share, args.seed, args.split, args.size, args.frames)
+            make(args.out, args.count, args.video_share, args.seed, args.split, args.size, args.frames, args.kinds)
         elif args.command == "show":
             show(args.out, args.seed, args.video, args.split, args.weights)
         elif args.command == "edit":
