@@ -618,8 +618,9 @@ def test_interrupt_leaves_nothing(tiny_weights, clip, tmp_path):
     """Ctrl-C in the middle of an edit: no traceback, exit code 130 as a shell expects, and the old file as it was."""
     output = tmp_path / "out.mp4"
     output.write_bytes(b"the result of an earlier run")
+    hears = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)        # what a shell runs in the background does not
     process = subprocess.Popen(command(tiny_weights, clip, "x", "-o", output, "--frames", 9, steps=1000), text=True,
-                               stderr=subprocess.PIPE)
+                               stderr=subprocess.PIPE, preexec_fn=hears)
     assert "has 10 frames" in process.stderr.readline()                 # from here on it works for a minute
     time.sleep(1)
     process.send_signal(signal.SIGINT)
