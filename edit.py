@@ -89,9 +89,6 @@ class Media:
         return self.fps is not None
 
 
-# ---------- reading
-
-
 def read_frames(path, limit=None, size=None, check=None):
     """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of their names) -> Media.
 
@@ -254,9 +251,6 @@ def decode(path, limit):
         process.communicate()
 
 
-# ---------- writing
-
-
 def unfinished(path):
     """The name that a file has until it is whole: hidden, beside it, of this process alone."""
     return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -355,9 +349,6 @@ def encoder(path, kind, shape, fps, source, sound):
     return [get_ffmpeg_exe(), "-v", "error", "-y", *inputs, "-vf", filters, "-r", str(fps),
             "-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
             *CLIP_OPTIONS[kind].split(), os.path.abspath(path)]
-
-
-# ---------- the terminal
 
 
 class Phases:

@@ -42,9 +42,6 @@ def trainer(out, tmp_path):
     return make
 
 
-# ---------- the arms
-
-
 @pytest.mark.parametrize("name", ["transformer", "qformer"])
 def test_other_connectors(trainer, name):
     """Shapes; what pads one prompt to the length of another must not reach its context; and they are large."""
@@ -130,9 +127,6 @@ def test_the_first_frame_is_all_that_its_arm_sees(trainer):
     assert torch.equal(*(prompt["pixel_values"] for prompt in shown["first"]))
 
 
-# ---------- the late clips
-
-
 def test_late_clips():
     """Nothing of the edit is in the first half; the truth passes, and what is wrong only later does not."""
     for seed in range(len(claims.LATE_KINDS)):
@@ -160,9 +154,6 @@ def test_every_case_can_be_judged():
     case, _ = claims.draw("image", seed, "train")
     assert not world.differs(plain.source, plain.target).any() and world.differs(case.source, case.target).any()
     assert case.kind == plain.kind
-
-
-# ---------- whole runs
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +211,6 @@ def test_estimate(out, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     costs = claims.measure(claims.parse(["c", *TINY, "--out", str(out)]), ARMS["baseline"])
     assert costs.keys() == COSTS.keys() and all(value > 0 for value in costs.values())
-
-
-# ---------- tables, and what is refused
 
 
 def test_table_has_mean_and_deviation():

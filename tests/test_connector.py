@@ -27,9 +27,6 @@ from mllm import Qwen2_5_VL, merge_lora
 from sampler import FlowSampler
 
 
-# ---------- helpers
-
-
 @pytest.fixture(scope="module")
 def model(tiny_weights):
     """Shared by all tests here: none may change it for good."""
@@ -72,9 +69,6 @@ def same(a, b):
     """Equal up to the rounding of sums in another order: at most one level of 255, and hardly anywhere."""
     difference = np.abs(a.astype(int) - b)
     return difference.max() <= 1 and (difference > 0).mean() < 0.01
-
-
-# ---------- one edit
 
 
 @pytest.mark.parametrize("frames, references", [(IMAGE, []), (CLIP, []), (IMAGE, REFERENCES), (CLIP, REFERENCES)])
@@ -221,9 +215,6 @@ def test_arguments_that_make_no_edit(model, arguments, said):
         model.edit(**{"frames": IMAGE, "instruction": "x", **arguments})
 
 
-# ---------- context
-
-
 @torch.inference_mode()
 def test_padded_batch_is_separate_prompts(model):
     """Instruction and empty instruction differ in length: the shorter one is padded, which it must not notice."""
@@ -288,9 +279,6 @@ def test_large_references_are_scaled_down(model, monkeypatch):
     monkeypatch.setattr(model, "encode", lambda frames: sizes.append(frames.shape) or encode(frames))
     model.edit(IMAGE, "x", [picture(480, 200), picture(10, 12)], steps=1)
     assert sizes == [(1, 24, 40, 3), (1, 48, 20, 3), (1, 10, 12, 3)]
-
-
-# ---------- files
 
 
 def weights_with(folder, change):

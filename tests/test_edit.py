@@ -22,9 +22,6 @@ from edit import CLIP_OPTIONS, IMAGE_OPTIONS, Media, MediaError, read_frames, wr
 SCRIPT = Path(edit.__file__)
 
 
-# ---------- helpers
-
-
 def ffmpeg(*options):
     subprocess.run([get_ffmpeg_exe(), "-v", "error", "-y", *map(str, options)], check=True, stdin=subprocess.DEVNULL)
 
@@ -104,9 +101,6 @@ def clip(tmp_path_factory):
 def photo(tmp_path):
     Image.fromarray(smooth(40, 56)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
-
-
-# ---------- with the tiny model, as a whole
 
 
 def command(tiny_weights, *arguments, steps=2):
@@ -201,9 +195,6 @@ def test_bad_options_are_told_before_torch_is_loaded(tmp_path):
     assert len(options) == 17 and text.count("(default:") == len(set(options) - plain)
 
 
-# ---------- images
-
-
 def test_photo_turned_by_exif(negative, tmp_path, capsys):
     """A phone's photo is stored lying; edited so, the model would see it lying, or a viewer turn it twice."""
     exif, pixels = Image.Exif(), smooth(40, 56)
@@ -284,9 +275,6 @@ def test_size_and_compare(negative, photo, clip, tmp_path, capsys):
     assert np.array_equal(right, np.asarray(Image.open(tmp_path / "a.png")))
     run(capsys, clip, "x", "-o", tmp_path / "a.mp4", "--size", "32x24", "--compare")
     assert read_frames(tmp_path / "a_compare.mp4").frames.shape == (10, 24, 64, 3)
-
-
-# ---------- clips
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
@@ -422,9 +410,6 @@ def test_folder_of_frames(tmp_path):
         Image.fromarray(frame).save(tmp_path / f"{i:03}.png")
     media = read_frames(tmp_path, limit=2)
     assert np.array_equal(media.frames, frames[:2]) and (media.total, media.is_video) == (3, True)
-
-
-# ---------- what cannot be
 
 
 def text(path):

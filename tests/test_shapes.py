@@ -58,9 +58,6 @@ def pixels(path):
     return read_frames(path).frames.astype(int)
 
 
-# ---------- edits
-
-
 def test_the_first_command(tmp_path):
     """A result of another size, or a comparison of something else than was written."""
     edited(EXAMPLE, "turn the scene into night", "-o", tmp_path / "night.png", "--compare")
@@ -127,9 +124,6 @@ def test_instructions_with_special_tokens(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "<|image_pad|>" in done.stderr
 
 
-# ---------- each file by itself, and what ships
-
-
 @pytest.mark.parametrize("script, arguments, said", [
     ("vae.py", [], "PSNR"), ("mllm.py", [], r"\w"), ("dit.py", [], "velocity"), ("sampler.py", [], "unipc"),
     ("connector.py", [], "velocity"), ("edit.py", ["--help"], "--compare"), ("train.py", ["--help"], "--stage")])
@@ -162,8 +156,6 @@ def test_examples_are_of_the_world():
     media = read_frames(CLIP)
     assert media.fps == 16 and np.abs(media.frames.astype(int) - clip.source).mean() < 3
 
-
-# ---------- the README's word
 
 def command_lines():
     """Every `python FILE ...` of the README, in blocks and in sentences, as lists of words."""

@@ -23,9 +23,6 @@ from sampler import FlowSampler
 FRESH = "--config image_queries=4 video_queries=6 mllm_frames=3 lora_rank=2 lora_alpha=4 steps=2 guidance=2".split()
 
 
-# ---------- helpers
-
-
 def draw(path, frames, rng, size=(16, 16)):
     """Random pixels: an image, or with `frames` a clip as a folder. Returns its name."""
     save = lambda file: Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(file)
@@ -104,9 +101,6 @@ def close(a, b, tolerance=2e-5):
     return float((a.double() - b.double()).norm()) <= tolerance * float(b.double().norm())
 
 
-# ---------- what trains
-
-
 @pytest.mark.parametrize("stage, more, moving", [
     (1, [], ("connector.", "lora_")), (2, [], ("connector.", "lora_", "dit.")),
     (3, [], ("connector.", "lora_", "dit.")),
@@ -147,9 +141,6 @@ def test_the_dit_sees_source_and_references_from_stage_2_on(trainer, monkeypatch
         else:
             assert {frames for frames, _, _ in seen} == {1, 2} and {count for _, _, count in seen} == {0, 1}
             assert all(source is not None for _, source, _ in seen)
-
-
-# ---------- the loss
 
 
 @pytest.mark.parametrize("weight", [0.0, 3.0])
@@ -266,9 +257,6 @@ def test_learning_rates():
     assert set(rates["constant"][10:]) == {2}
     assert np.allclose(rates["linear"][10:], 2 * (1 - np.arange(1, 91) / 90))
     assert np.allclose(rates["cosine"][10:], 1 + np.cos(np.pi * np.arange(1, 91) / 90))
-
-
-# ---------- the data
 
 
 def pairs_of(trainer_or_pairs, first, last):
@@ -414,9 +402,6 @@ def test_latents_are_kept_by_content(trainer, tmp_path, monkeypatch):
     assert len(count) == 5
 
 
-# ---------- data that is broken
-
-
 def break_everything(folder):
     """A data file of whole pairs and one of every kind of broken one. Returns it, and {line: what must be said}."""
     from edit import write_clip
@@ -485,9 +470,6 @@ def test_csv_of_the_neighbors(trainer, data, tmp_path):
     assert theirs[3].instruction == "make it, 3" and theirs[3].where.endswith("data.csv:5")
     (tmp_path / "data.csv").write_text("video,text\na,b\n")
     assert "not an edit" in str(next(train.read_lines(tmp_path / "data.csv")))
-
-
-# ---------- going on after a kill
 
 
 def test_killed_runs_go_on_bit_for_bit(arguments, tmp_path):
@@ -563,9 +545,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(arguments, trainer, monkeypatc
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-0000004", "step-0000006"]
 
 
-# ---------- steps that cannot be used
-
-
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(trainer, monkeypatch, kind):
     """One NaN in the weights, or in the optimizer's moments, and the run is lost."""
@@ -603,9 +582,6 @@ def test_ten_unusable_steps_in_a_row_end_the_run(arguments, monkeypatch, capsys)
     assert "10 steps in a row" in last and "step 15" in last and "data.jsonl:" in last
     assert [int(line.split()[2]) for line in lines if "skipped" in line] == [*range(5), *range(6, 15)]
     assert len(metrics(train.settings(arguments(1)).out)) == 16         # NaN too is in the log
-
-
-# ---------- what comes out
 
 
 @pytest.mark.parametrize("stage, more", [(1, []), (2, []), (1, ["--train-all"]), (2, ["--train-all"])])
@@ -700,9 +676,6 @@ def test_one_pair_can_be_learnt(base, tmp_path, frames):
     assert distance(ends[0]) < 0.3 and distance(torch.randn(target.shape)) > 0.8, distance(ends[0])
 
 
-# ---------- memory and precision
-
-
 def test_gradient_checkpointing_changes_no_bit(trainer):
     """Recomputed layers must see what they saw, among them the references and the mask of padded prompts."""
     results = []
@@ -795,9 +768,6 @@ def test_validation_shows_the_same_edits_every_time(arguments, trainer, data, st
     assert train.main(arguments(stage, "--validate", data.parent / "bad.jsonl", out=made.args.out / "new")) == 2
 
 
-# ---------- several processes
-
-
 def test_two_processes_are_one(arguments, tmp_path):
     """Losses of a run may not depend on how many share the work, not even when that number changes at a checkpoint.
 
@@ -835,9 +805,6 @@ def test_two_processes_are_one(arguments, tmp_path):
             ours, theirs = load_file(other / name), load_file(whole / name)
             assert ours.keys() == theirs.keys() and all(close(ours[key], theirs[key], 1e-3) for key in ours)
         assert (other / "instructx/dit/config.json").read_bytes() == (whole / "instructx/dit/config.json").read_bytes()
-
-
-# ---------- planning
 
 
 def test_plan_is_what_a_step_takes(trainer, base, monkeypatch):

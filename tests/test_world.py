@@ -49,9 +49,6 @@ def cases(kinds, count, video=False, split="train"):
     return [sample(seed, video, split, kind) for kind in kinds for seed in range(count)]
 
 
-# --- drawing
-
-
 @pytest.mark.parametrize("video", [False, True])
 def test_same_seed_same_bytes(video):
     """State kept between calls (a global generator, a mutated cache) would change what a seed means."""
@@ -172,9 +169,6 @@ def test_colors_are_far_apart():
     assert min(np.abs(a - b).mean() for i, a in enumerate(colors) for b in colors[:i]) > 0.2
 
 
-# --- words
-
-
 def test_instruction_names_exactly_one_thing():
     """Two red circles, or a new red circle beside an old one, would leave open which is meant."""
     for seed in range(1500):
@@ -246,9 +240,6 @@ def test_vocabulary_is_small_and_complete():
     assert list(world.vocabulary_texts(50)) == list(world.vocabulary_texts(50))
     for seed in range(500):
         assert set(split(draw(10**6 + seed, split="heldout")[1].instruction)) <= words
-
-
-# --- the judge
 
 
 @pytest.mark.parametrize("video", [False, True])
@@ -389,9 +380,6 @@ def test_judge_arithmetic():
         judge(source, target, output[:1])
     with pytest.raises(ValueError, match="no edit"):
         judge(source, source, output)
-
-
-# --- files and the terminal
 
 
 def run(*arguments):

@@ -90,9 +90,6 @@ REFERENCE = ("the object in the reference image", "the object from the reference
              "the object of the reference image", "the reference object")
 
 
-# --- scenes
-
-
 @dataclass(frozen=True)
 class Thing:
     """One shape. Over a clip it moves straight from start to end; in an image, and when still, the two are equal."""
@@ -197,9 +194,6 @@ def draw_scene(rng, video):
         if all(apart(thing, other) for other in things):
             things.append(thing)
     return Scene(pick(rng, tuple(GROUNDS)), tuple(things))
-
-
-# --- edits
 
 
 class Redraw(Exception):
@@ -360,9 +354,6 @@ def sample(seed, video=False, split="train", kind=None, size=64, frames=9):
                 draft.source, draft.scene, draft.references)
 
 
-# --- words
-
-
 def article(word):
     return "an" if word == "orange" else "a"
 
@@ -430,9 +421,6 @@ def vocabulary_texts(n, seed=0):
             texts = [draft.instruction, caption(draft.source), caption(draft.scene)]
             texts += [text for pair in questions(draft.source, rng)[:4] for text in pair]
         yield texts.pop()
-
-
-# --- pictures
 
 
 def outline(shape):
@@ -539,9 +527,6 @@ LOOK = {  # what a style or tone does to a picture in [0, 1]; the sketch is draw
 }
 
 
-# --- files
-
-
 def write_frames(frames, path, clip):
     """An image as path.png, a clip as a folder of frames, both lossless. Returns the name written.
 
@@ -609,9 +594,6 @@ def read_frames(path):
     if not frames:
         raise ValueError(f"{path} holds no frames")
     return np.stack(frames)
-
-
-# --- the judge
 
 
 def rivals(source_scene, target_scene, size=64, frames=1):
@@ -785,8 +767,6 @@ def table(scores):
     return "\n".join(lines + [f"{missing} results are missing and count as failures"] * bool(missing))
 
 
-# --- the contact sheet
-
 TILE, MARGIN = 160, 16
 
 
@@ -851,9 +831,6 @@ def show(out, seed=0, video=False, split="train", weights=None):
         model = InstructX.from_pretrained(weights)
         results = [model.edit(case.source, case.instruction, case.references) for case in tqdm(cases, "edited")]
     sheet(cases, columns=3, results=results).save(out)
-
-
-# --- the terminal
 
 
 def parse():
