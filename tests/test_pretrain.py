@@ -33,8 +33,8 @@ def run(monkeypatch, out, *arguments):
 def test_all_parts_and_what_ships(few, tmp_path, monkeypatch):
     """The parts are run hours apart by hand, so one that no longer fits the models would be noticed late."""
     out, shipped = tmp_path / "base", tmp_path / "shapes"
-    steps = [option for part in ("vae", "decoder", "vision", "mllm", "dit") for option in (f"--{part}-steps", 2)]
-    run(monkeypatch, out, "tokenizer", "vae", "decoder", "vision", "mllm", "dit", *steps)
+    steps = [option for part in ("vae", "decoder", "refine", "vision", "mllm", "dit") for option in (f"--{part}-steps", 2)]
+    run(monkeypatch, out, "tokenizer", "vae", "decoder", "refine", "vision", "mllm", "dit", *steps)
     trained = InstructX.from_pretrained(out, lora_rank=2, lora_alpha=2, image_queries=3, video_queries=4, steps=2)
     trained.save_pretrained(tmp_path / "trained", dit=True)
     monkeypatch.setattr(pretrain, "HERE", shipped)
@@ -46,10 +46,10 @@ def test_all_parts_and_what_ships(few, tmp_path, monkeypatch):
     assert np.abs(result.astype(int) - original).mean() < 1             # half precision, and nothing left out
 
 
-@pytest.mark.parametrize("part", ["vae", "dit"])
+@pytest.mark.parametrize("part", ["vae", "refine", "dit"])
 def test_goes_on_where_it_was(part, few, tmp_path, monkeypatch):
     """Four steps in one go, and in two runs of which the second has to find optimizer, learning rate and data again."""
-    if part == "dit":
+    if part != "vae":
         run(monkeypatch, tmp_path / "whole", "tokenizer", "vae", "--vae-steps", 1)
         shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     run(monkeypatch, tmp_path / "whole", part, f"--{part}-steps", 4)
@@ -69,7 +69,8 @@ def test_goes_on_where_it_was(part, few, tmp_path, monkeypatch):
         run(monkeypatch, tmp_path / "halves", part, f"--{part}-steps", 4)
     monkeypatch.setattr(pretrain, "fit", fit)
     run(monkeypatch, tmp_path / "halves", part, f"--{part}-steps", 4)
-    whole, halves = (load_file(tmp_path / name / part / "model.safetensors") for name in ("whole", "halves"))
+    kept = {"refine": "vae"}.get(part, part)
+    whole, halves = (load_file(tmp_path / name / kept / "model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
@@ -106,3 +107,19 @@ def test_words_know_their_phrase():
     assert one[:len(words[0])].abs().sum(dim=1).min() > 0 and not one[len(words[0]):].any()
     same = pretrain.caption_context(tokenizer, [captions[0][:captions[0].index(",")]], 64)[0]
     assert torch.allclose(one[:comma], same[:comma], atol=1e-5)         # what another phrase says is no matter
+
+
+def test_decoder_leaves_latents_alone_and_refine_does_not(few, tmp_path, monkeypatch):
+    """What the DiT has learnt holds after the one, and has to be learnt again after the other."""
+    run(monkeypatch, tmp_path, "vae", "--vae-steps", 1)
+    video = pretrain.paint(np.random.default_rng(3), 2, video=True)
+    latents, pictures = [], []
+    for part in (None, "decoder", "refine"):
+        if part:
+            run(monkeypatch, tmp_path, part, f"--{part}-steps", 2)
+        vae = WanVAE.from_pretrained(tmp_path / "vae")
+        with torch.no_grad():
+            latents.append(vae.encode(video))
+            pictures.append(vae.decode(latents[0]))
+    assert torch.equal(latents[0], latents[1]) and not torch.equal(pictures[0], pictures[1])
+    assert not torch.equal(latents[1], latents[2])

@@ -5,7 +5,8 @@
 Each name is one part, made in that order since each needs those before it; a part that is cut off goes on where it was.
     tokenizer  byte-level BPE over the sentences of the world, with Qwen's special tokens
     vae        the tiny WanVAE on images and clips: L1 + KL
-    decoder    the VAE's decoder on its own, encoder and latents fixed
+    decoder    the VAE's decoder on its own, encoder and latents fixed; any time, as nothing else changes
+    refine     all of the VAE again: latents change, and what was trained on the old ones has to go on with the new
     vision     the vision tower of the MLLM learns to name what is in each cell: read from captions alone, colors and
                shapes stay at chance for thousands of steps
     mllm       the tiny Qwen2.5-VL learns to see and to speak: captions, questions, and what a picture would show once an
@@ -24,6 +25,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ from vae import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, Upsampl
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 VAE = dict(dim=16, z_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(False, True))   # 4x in space, 2x in time
 DIT = dict(dim=192, ffn_dim=768, num_heads=4, num_layers=6, text_dim=192)
+LOST = ("sketch", "mosaic", "gray", "negative", "fog")     # looks that suffer most in the VAE
 TEXT_LENGTH = 48        # captions are padded to this many tokens, with zeros, as Wan's are to 512
 IMAGES, CLIPS = 12000, 3000     # pictures rendered once and drawn from
 PAINTED = {"image": 12000, "clip": 3000}     # those of them that the DiT learns to paint
@@ -72,14 +75,15 @@ def save(state, file):
     os.replace(f"{file}.partial", file)
 
 
-def fit(name, out, model, loss_of, steps, lr, matrices=(), minutes_between_saves=3):
+def fit(name, out, model, loss_of, steps, lr, matrices=(), muon_lr=None, minutes_between_saves=3):
     """AdamW, and Muon for `matrices`, with warm-up and a cosine; `loss_of(step, rng)` -> (loss, figures). Everything random
     comes from the step, so resuming is exact."""
     chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    highest = lr, 20 * lr
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    flat = [torch.nn.Parameter(p.data.flatten(1)) for p in matrices]    # views: to Muon a convolution is a matrix too
+    highest = lr, muon_lr or 20 * lr
     optimizers = [torch.optim.AdamW(others, lr=highest[0], betas=(0.9, 0.95), weight_decay=0.01)]
-    optimizers += [torch.optim.Muon(matrices, lr=highest[1], weight_decay=0.01)] if matrices else []
+    optimizers += [torch.optim.Muon(flat, lr=highest[1], weight_decay=0.01)] if flat else []
     file, first, saved = out / f"{name}.state.pt", 0, time.time()
     if file.exists():
         state = torch.load(file, weights_only=True)
@@ -99,6 +103,8 @@ def fit(name, out, model, loss_of, steps, lr, matrices=(), minutes_between_saves
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for view, p in zip(flat, matrices):
+            view.grad = p.grad.flatten(1)
         for optimizer in optimizers:
             optimizer.step()
         for key, value in {"loss": loss, **figures}.items():
@@ -133,15 +139,22 @@ def to_video(pictures):
     return pictures.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def draw(pictures, rng, count, often=()):
-    """`count` of the bank's pictures, half of them among `often` if that is given, mirrored at random (captions do not hold
-    for them: for the VAE alone)."""
-    numbers = rng.integers(len(pictures), size=count)
-    if len(often):
-        numbers[::2] = rng.choice(often, size=len(numbers[::2]))
-    chosen = pictures[torch.from_numpy(numbers)]
+def draw(pictures, rng, count):
+    """`count` of the bank's pictures, mirrored at random (captions do not hold for them: for the VAE alone)."""
+    chosen = pictures[torch.from_numpy(rng.integers(len(pictures), size=count))]
     axes = [axis for axis in (2, 3) if rng.random() < 0.5]
     return to_video(chosen.flip(axes) if axes else chosen)
+
+
+def paint(rng, count, video):
+    """`count` new scenes of the split "train" as draw has them. Half have a look, four in five of those one of `LOST`."""
+    frames = []
+    while len(frames) < count:
+        scene = world.draw_scene(rng, video)
+        if not any(thing.held_out() for thing in scene.things):
+            looks = (None,) if rng.random() < 0.5 else LOST if rng.random() < 0.8 else tuple(world.LOOKS)
+            frames.append(world.render(replace(scene, look=world.pick(rng, looks)), frames=9 if video else 1))
+    return to_video(torch.from_numpy(np.stack(frames)))
 
 
 def quick_start(vae):
@@ -191,13 +204,56 @@ def make_vae(out, args):
         return error.abs().mean() + error.square().mean() + args.kl * kl, {"clip" if clip else "image": psnr, "kl": kl}
 
     fit("vae", out, vae, loss_of, args.vae_steps, lr=1.5e-3)
-    vae.eval()
-    with torch.inference_mode():    # the latents' statistics, as Wan's were measured on its own data
-        chosen = [to_video(pictures["image"][:512]), to_video(pictures["clip"][:128])]
-        means = [torch.cat([vae.moments(part)[0] for part in video.split(16)]).transpose(0, 1).flatten(1) for video in chosen]
-        values = torch.cat(means, dim=1)
-    vae.set_latent_statistics(values.mean(dim=1), values.std(dim=1))
+    measure_latents(vae, [to_video(pictures["image"][:512]), to_video(pictures["clip"][:128])])
     vae.save_pretrained(out / "vae")
+
+
+@torch.inference_mode()
+def measure_latents(vae, videos):
+    """Sets the latents' statistics, as Wan's were measured on its own data."""
+    means = [torch.cat([vae.moments(part)[0] for part in video.split(16)]).transpose(0, 1).flatten(1) for video in videos]
+    values = torch.cat(means, dim=1)
+    vae.set_latent_statistics(values.mean(dim=1), values.std(dim=1))
+
+
+def make_decoder(out, args):
+    """More of the decoder alone: latents stay as they are, and no noise on them is left to be cautious about."""
+    sharpen("decoder", out, args.decoder_steps, args)
+
+
+def make_refined(out, args):
+    """More of all the VAE, with less noise on the latents than `vae` leaves."""
+    vae = sharpen("refine", out, args.refine_steps, args, kl=1e-4)
+    measure_latents(vae, [paint(np.random.default_rng(0), count, video) for count, video in ((512, False), (128, True))])
+    vae.save_pretrained(out / "vae")
+
+
+def sharpen(name, out, steps, args, kl=None):
+    """Trains the VAE in out/vae on new pictures, half of them with a look, and writes it back; its encoder where `kl` is
+    given. Squares, and those of whole windows, count more than in `vae`: what is rare is far off before it is learnt."""
+    vae = WanVAE.from_pretrained(out / "vae").requires_grad_(kl is not None)
+    vae.decoder.requires_grad_(True)
+    inner = [p for n, p in vae.named_parameters() if p.requires_grad and p.ndim > 3 and min(p.shape[:2]) > 3 and n[:5] != "conv1"]
+
+    def loss_of(step, rng):
+        total, figures = 0, {}
+        for media, count in (("image", 8), ("clip", 2)):
+            video = paint(rng, count, media == "clip")
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bfloat16"):
+                with torch.set_grad_enabled(kl is not None):
+                    mean, logvar = vae.moments(video, chunk=2)
+                noise = 0 if kl is None else torch.randn_like(mean) * (0.5 * logvar).exp()
+                error = vae.reconstruct(mean + noise, chunk=2).float() - video
+            windows = F.avg_pool2d(error.abs().mean(dim=1), world.WINDOW_SIDE, world.WINDOW_SIDE // 2)  # (B, T, h, w)
+            total = total + error.abs().mean() + 5 * error.square().mean() + 4 * windows.square().mean()
+            if kl is not None:
+                total = total + kl * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            figures[media] = -10 * torch.log10(error.detach().square().mean() / 4)
+        return total / 2, figures
+
+    fit(name, out, vae, loss_of, steps, lr=5e-4, matrices=inner, muon_lr=5e-3)
+    vae.save_pretrained(out / "vae")
+    return vae
 
 
 def mllm_config(tokenizer):
@@ -221,30 +277,6 @@ def conversation(case, rng):
         return "what is in the picture?", [], world.caption(case.source_scene)
     question, answer = world.pick(rng, world.questions(case.source_scene, rng))
     return question, [], answer
-
-
-def make_decoder(out, args):
-    """More of the decoder alone: latents stay as they are, and no noise on them is left to be cautious about.
-
-    Half of the pictures have a style or tone: one in eight of the bank has, and sketches and mosaics are what is lost.
-    """
-    pictures, captions = bank(out)
-    looks = {name: [i for i, caption in enumerate(value) if ", as " in caption] for name, value in captions.items()}
-    vae = WanVAE.from_pretrained(out / "vae").requires_grad_(False)
-    vae.decoder.requires_grad_(True)
-
-    def loss_of(step, rng):
-        clip = step % 2
-        video = draw(pictures["clip"], rng, 2, looks["clip"]) if clip else draw(pictures["image"], rng, 8, looks["image"])
-        with torch.no_grad():
-            mean, _ = vae.moments(video, chunk=2)
-        error = vae.reconstruct(mean, chunk=2) - video
-        psnr = -10 * torch.log10(error.detach().square().mean() / 4)
-        # Squares count more here than for the whole VAE: what is rare, as a sketch or winter, is far off before it is learnt.
-        return error.abs().mean() + 5 * error.square().mean(), {"clip" if clip else "image": psnr}
-
-    fit("decoder", out, vae, loss_of, args.decoder_steps, lr=1e-3)
-    vae.save_pretrained(out / "vae")
 
 
 def new_mllm(out):
@@ -418,7 +450,7 @@ def ship(out, args):
     model.vae.save_pretrained(HERE / "vae")
 
 
-PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "decoder": make_decoder, "vision": make_vision, "mllm": make_mllm, "dit": make_dit, "ship": ship}
+PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "decoder": make_decoder, "refine": make_refined, "vision": make_vision, "mllm": make_mllm, "dit": make_dit, "ship": ship}
 
 
 def main():
@@ -427,10 +459,12 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="folder for mllm/, vae/, dit/ and all states")
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--refine-steps", type=int, default=2400)
     parser.add_argument("--vision-steps", type=int, default=1000)
     parser.add_argument("--mllm-steps", type=int, default=6000)
     parser.add_argument("--dit-steps", type=int, default=3000)
     parser.add_argument("--trained", type=Path, default=Path("runs/stage3/instructx"), help="for ship: what train.py wrote")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of decoder and refine")
     parser.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term of the VAE")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
