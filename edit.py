@@ -125,10 +125,14 @@ def read_frames(path, limit=None, size=None, check=None):
 def read_folder(path, limit, size, check):
     """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_OPTIONS)
-    frames = [read_frames(file, 1, size, check).frames for file in files[:limit]]
-    if len({frame.shape for frame in frames}) != 1:
+    frames, shapes = [], set()
+    for file in files[:limit]:
+        frame = read_frames(file, 1, check=lambda path, *own: check(path, *(size or own))).frames[0]
+        shapes.add(frame.shape)
+        frames.append(fit(frame, size))
+    if len(shapes) != 1:
         raise MediaError(f"{path} is not a folder of images of one size")
-    return Media(path, np.concatenate(frames), fps=Fraction(16), total=len(files))
+    return Media(path, np.stack(frames), fps=Fraction(16), total=len(files))
 
 
 def read_picture(path, image, size):

@@ -410,6 +410,7 @@ def test_folder_of_frames(tmp_path):
         Image.fromarray(frame).save(tmp_path / f"{i:03}.png")
     media = read_frames(tmp_path, limit=2)
     assert np.array_equal(media.frames, frames[:2]) and (media.total, media.is_video) == (3, True)
+    assert read_frames(tmp_path, size=(12, 8)).frames.shape == (3, 8, 12, 3)
 
 
 def text(path):
@@ -638,8 +639,9 @@ def test_not_a_folder_of_frames(tmp_path):
     with pytest.raises(MediaError, match="folder"):
         read_frames(tmp_path)
     png(16, 16)(tmp_path / "a.png"), png(16, 24)(tmp_path / "b.png")
-    with pytest.raises(MediaError, match="one size"):
-        read_frames(tmp_path)
+    for size in (None, (16, 16)):       # scaled to one size they would be another clip, of things that jump
+        with pytest.raises(MediaError, match="one size"):
+            read_frames(tmp_path, size=size)
 
 
 def test_every_image_format(tmp_path):
