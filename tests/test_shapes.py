@@ -143,6 +143,11 @@ def test_each_file_refuses_by_itself(script, arguments, tmp_path):
     assert done.stderr.startswith(f"{script}: ") and arguments[0] in done.stderr
 
 
+def test_the_world_edits_in_float32():
+    """What ships has half precision, in which a CPU is several times slower than it need be."""
+    assert {p.dtype for p in world.load_model(SHAPES).parameters()} == {torch.float32}
+
+
 def test_what_ships_is_small():
     """A clone carries it for ever."""
     files = [file for file in SHAPES.rglob("*") if file.is_file() and "__pycache__" not in file.parts]

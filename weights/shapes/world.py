@@ -680,14 +680,20 @@ def load_vae(folder):
     return WanVAE.from_pretrained(folder)
 
 
+def load_model(weights):
+    """In float32, as edit.py on a CPU. The files have half precision, in which a CPU takes several times as long."""
+    import torch
+    from connector import InstructX
+
+    return InstructX.from_pretrained(weights, dtype=torch.float32)
+
+
 def edit(data, results, weights):
     """Edits every case of a dataset into `results`, named by its id, with the settings of the weights' own config.
 
     A case that has a result already is left as it is, so that a long run can be cut off and goes on.
     """
-    from connector import InstructX
-
-    model, data, results = InstructX.from_pretrained(weights), Path(data), Path(results)
+    model, data, results = load_model(weights), Path(data), Path(results)
     results.mkdir(parents=True, exist_ok=True)
     for line in tqdm([json.loads(line) for line in open(data / "data.jsonl")], "edited"):
         if find_result(results, line["id"]) is None:
@@ -826,9 +832,7 @@ def show(out, seed=0, video=False, split="train", weights=None):
     cases = [sample(seed * SEEDS + i, video, split, kind) for i, kind in enumerate(KINDS)]
     results = []
     if weights:
-        from connector import InstructX
-
-        model = InstructX.from_pretrained(weights)
+        model = load_model(weights)
         results = [model.edit(case.source, case.instruction, case.references) for case in tqdm(cases, "edited")]
     sheet(cases, columns=3, results=results).save(out)
 
