@@ -407,7 +407,7 @@ def read_ahead(paths):
         if sum(file.stat().st_size for file in files) < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             for file in files:
                 with open(file, "rb") as stream:
-                    for start in range(0, file.stat().st_size, 1 << 17):        # more of one call Linux ignores
+                    for start in range(0, file.stat().st_size, 1 << 17):        # what one call asks beyond that, Linux ignores
                         os.posix_fadvise(stream.fileno(), start, 1 << 17, os.POSIX_FADV_WILLNEED)
 
 

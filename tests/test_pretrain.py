@@ -109,14 +109,15 @@ def test_words_know_their_phrase():
     assert torch.allclose(one[:comma], same[:comma], atol=1e-5)         # what another phrase says is no matter
 
 
-def test_decoder_leaves_latents_alone_and_refine_does_not(few, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_decoder_leaves_latents_alone_and_refine_does_not(precision, few, tmp_path, monkeypatch):
     """What the DiT has learnt holds after the one, and has to be learnt again after the other."""
     run(monkeypatch, tmp_path, "vae", "--vae-steps", 1)
     video = pretrain.paint(np.random.default_rng(3), 2, video=True)
     latents, pictures = [], []
     for part in (None, "decoder", "refine"):
         if part:
-            run(monkeypatch, tmp_path, part, f"--{part}-steps", 2)
+            run(monkeypatch, tmp_path, part, f"--{part}-steps", 2, "--precision", precision)
         vae = WanVAE.from_pretrained(tmp_path / "vae")
         with torch.no_grad():
             latents.append(vae.encode(video))

@@ -75,13 +75,13 @@ def save(state, file):
     os.replace(f"{file}.partial", file)
 
 
-def fit(name, out, model, loss_of, steps, lr, matrices=(), muon_lr=None, minutes_between_saves=3):
+def fit(name, out, model, loss_of, steps, lr, matrices=(), muon_lr=0.02, minutes_between_saves=3):
     """AdamW, and Muon for `matrices`, with warm-up and a cosine; `loss_of(step, rng)` -> (loss, figures). Everything random
     comes from the step, so resuming is exact."""
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     flat = [torch.nn.Parameter(p.data.flatten(1)) for p in matrices]    # views: to Muon a convolution is a matrix too
-    highest = lr, muon_lr or 20 * lr
+    highest = lr, muon_lr
     optimizers = [torch.optim.AdamW(others, lr=highest[0], betas=(0.9, 0.95), weight_decay=0.01)]
     optimizers += [torch.optim.Muon(flat, lr=highest[1], weight_decay=0.01)] if flat else []
     file, first, saved = out / f"{name}.state.pt", 0, time.time()
@@ -186,6 +186,16 @@ def quick_start(vae):
     vae.conv1.bias.data[vae.config.z_dim:] = -4     # log-variance: little noise until the means say something
 
 
+def divergence(mean, logvar):
+    """KL from N(0, 1), the mean over all latents."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+def psnr(error):
+    """In dB, of an error between pictures in [-1, 1]."""
+    return -10 * torch.log10(error.detach().square().mean() / 4)
+
+
 def make_vae(out, args):
     pictures, _ = bank(out)
     torch.manual_seed(0)
@@ -198,10 +208,8 @@ def make_vae(out, args):
         video = draw(pictures["clip"], rng, 2) if clip else draw(pictures["image"], rng, 8)
         mean, logvar = vae.moments(video, chunk=2)
         output = vae.reconstruct(mean + torch.randn_like(mean) * (0.5 * logvar).exp(), chunk=2)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        error = output - video
-        psnr = -10 * torch.log10(error.detach().square().mean() / 4)
-        return error.abs().mean() + error.square().mean() + args.kl * kl, {"clip" if clip else "image": psnr, "kl": kl}
+        kl, error = divergence(mean, logvar), output - video
+        return error.abs().mean() + error.square().mean() + args.kl * kl, {"clip" if clip else "image": psnr(error), "kl": kl}
 
     fit("vae", out, vae, loss_of, args.vae_steps, lr=1.5e-3)
     measure_latents(vae, [to_video(pictures["image"][:512]), to_video(pictures["clip"][:128])])
@@ -218,7 +226,7 @@ def measure_latents(vae, videos):
 
 def make_decoder(out, args):
     """More of the decoder alone: latents stay as they are, and no noise on them is left to be cautious about."""
-    sharpen("decoder", out, args.decoder_steps, args)
+    sharpen("decoder", out, args.decoder_steps, args).save_pretrained(out / "vae")
 
 
 def make_refined(out, args):
@@ -229,8 +237,10 @@ def make_refined(out, args):
 
 
 def sharpen(name, out, steps, args, kl=None):
-    """Trains the VAE in out/vae on new pictures, half of them with a look, and writes it back; its encoder where `kl` is
-    given. Squares, and those of whole windows, count more than in `vae`: what is rare is far off before it is learnt."""
+    """The VAE in out/vae, trained on new pictures, half of them with a look; its encoder only where `kl` is given.
+
+    Squares, and those of whole windows, count more than in `vae`: what is rare is far off before it is learnt.
+    """
     vae = WanVAE.from_pretrained(out / "vae").requires_grad_(kl is not None)
     vae.decoder.requires_grad_(True)
     inner = [p for n, p in vae.named_parameters() if p.requires_grad and p.ndim > 3 and min(p.shape[:2]) > 3 and n[:5] != "conv1"]
@@ -240,19 +250,17 @@ def sharpen(name, out, steps, args, kl=None):
         for media, count in (("image", 8), ("clip", 2)):
             video = paint(rng, count, media == "clip")
             with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bfloat16"):
-                with torch.set_grad_enabled(kl is not None):
-                    mean, logvar = vae.moments(video, chunk=2)
+                mean, logvar = (part.float() for part in vae.moments(video, chunk=2))
                 noise = 0 if kl is None else torch.randn_like(mean) * (0.5 * logvar).exp()
                 error = vae.reconstruct(mean + noise, chunk=2).float() - video
             windows = F.avg_pool2d(error.abs().mean(dim=1), world.WINDOW_SIDE, world.WINDOW_SIDE // 2)  # (B, T, h, w)
             total = total + error.abs().mean() + 5 * error.square().mean() + 4 * windows.square().mean()
             if kl is not None:
-                total = total + kl * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-            figures[media] = -10 * torch.log10(error.detach().square().mean() / 4)
+                total = total + kl * divergence(mean, logvar)
+            figures[media] = psnr(error)
         return total / 2, figures
 
     fit(name, out, vae, loss_of, steps, lr=5e-4, matrices=inner, muon_lr=5e-3)
-    vae.save_pretrained(out / "vae")
     return vae
 
 
