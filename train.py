@@ -14,7 +14,7 @@ CSV files with the columns of the open neighbors are read too: src_video, tgt_vi
 
 What is unusual: which samples a step sees, their noise, σ and dropped instructions are functions of (seed, step) alone.
 So there is no loader state to save, reading ahead cannot change anything, a run that was killed goes on with the very
-same numbers, and so does one with another number of processes (torchrun --nproc-per-node 8 train.py ...).
+same numbers, and so does one with another number of processes (torchrun --nproc-per-node 8 -- train.py ...).
 
 Precision: trained weights, their gradients, averages and moments are float32; matrix products run in `--precision`
 through autocast; frozen weights are kept in `--precision`, the VAE in its own. Letters as in connector.py.

@@ -33,8 +33,8 @@ def run(monkeypatch, out, *arguments):
 def test_all_parts_and_what_ships(few, tmp_path, monkeypatch):
     """The parts are run hours apart by hand, so one that no longer fits the models would be noticed late."""
     out, shipped = tmp_path / "base", tmp_path / "shapes"
-    steps = [option for part in ("vae", "decoder", "refine", "vision", "mllm", "dit") for option in (f"--{part}-steps", 2)]
-    run(monkeypatch, out, "tokenizer", "vae", "decoder", "refine", "vision", "mllm", "dit", *steps)
+    steps = [option for part in ("vae", "decoder", "refine", "vision", "mllm", "instruct", "dit") for option in (f"--{part}-steps", 2)]
+    run(monkeypatch, out, "tokenizer", "vae", "decoder", "refine", "vision", "mllm", "instruct", "dit", *steps)
     trained = InstructX.from_pretrained(out, lora_rank=2, lora_alpha=2, image_queries=3, video_queries=4, steps=2)
     trained.save_pretrained(tmp_path / "trained", dit=True)
     monkeypatch.setattr(pretrain, "HERE", shipped)
@@ -46,11 +46,12 @@ def test_all_parts_and_what_ships(few, tmp_path, monkeypatch):
     assert np.abs(result.astype(int) - original).mean() < 1             # half precision, and nothing left out
 
 
-@pytest.mark.parametrize("part", ["vae", "refine", "dit"])
+@pytest.mark.parametrize("part", ["vae", "refine", "instruct", "dit"])
 def test_goes_on_where_it_was(part, few, tmp_path, monkeypatch):
     """Four steps in one go, and in two runs of which the second has to find optimizer, learning rate and data again."""
     if part != "vae":
-        run(monkeypatch, tmp_path / "whole", "tokenizer", "vae", "--vae-steps", 1)
+        before = {"instruct": ("vision", "mllm", "--vision-steps", 1, "--mllm-steps", 1)}.get(part, ("vae", "--vae-steps", 1))
+        run(monkeypatch, tmp_path / "whole", "tokenizer", *before)
         shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     run(monkeypatch, tmp_path / "whole", part, f"--{part}-steps", 4)
 
@@ -69,7 +70,7 @@ def test_goes_on_where_it_was(part, few, tmp_path, monkeypatch):
         run(monkeypatch, tmp_path / "halves", part, f"--{part}-steps", 4)
     monkeypatch.setattr(pretrain, "fit", fit)
     run(monkeypatch, tmp_path / "halves", part, f"--{part}-steps", 4)
-    kept = {"refine": "vae"}.get(part, part)
+    kept = {"refine": "vae", "instruct": "mllm"}.get(part, part)
     whole, halves = (load_file(tmp_path / name / kept / "model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -778,7 +779,7 @@ def test_two_processes_are_one(arguments, tmp_path):
 
     def two(out, steps):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                   train.__file__, *arguments(2, *common, "--steps", steps, out=out)]
+                   "--", train.__file__, *arguments(2, *common, "--steps", steps, out=out)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
@@ -805,6 +806,16 @@ def test_two_processes_are_one(arguments, tmp_path):
             ours, theirs = load_file(other / name), load_file(whole / name)
             assert ours.keys() == theirs.keys() and all(close(ours[key], theirs[key], 1e-3) for key in ours)
         assert (other / "instructx/dit/config.json").read_bytes() == (whole / "instructx/dit/config.json").read_bytes()
+
+
+def test_torchrun_leaves_our_options_to_us():
+    """Of the options of train.py, --start reads like one of torchrun's: the command in the docs has to keep them apart."""
+    command = "torchrun --nproc-per-node 8 -- train.py"
+    ours = "--stage 2 --start runs/stage1/instructx --out runs/stage2".split()
+    read = torch.distributed.run.parse_args(command.split()[1:] + ours)
+    assert read.training_script == "train.py" and read.training_script_args == ours
+    for text in (train.__doc__, (Path(train.__file__).parent / "README.md").read_text()):
+        assert command in text and "torchrun --nproc-per-node 8 train.py" not in text
 
 
 def test_plan_is_what_a_step_takes(trainer, base, monkeypatch):
