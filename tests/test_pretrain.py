@@ -33,8 +33,8 @@ def run(monkeypatch, out, *arguments):
 def test_all_parts_and_what_ships(few, tmp_path, monkeypatch):
     """The parts are run hours apart by hand, so one that no longer fits the models would be noticed late."""
     out, shipped = tmp_path / "base", tmp_path / "shapes"
-    steps = [option for part in ("vae", "decoder", "refine", "vision", "mllm", "instruct", "dit") for option in (f"--{part}-steps", 2)]
-    run(monkeypatch, out, "tokenizer", "vae", "decoder", "refine", "vision", "mllm", "instruct", "dit", *steps)
+    parts = ("vae", "decoder", "refine", "vision", "mllm", "instruct", "dit")
+    run(monkeypatch, out, "tokenizer", *parts, *(option for part in parts for option in (f"--{part}-steps", 2)))
     trained = InstructX.from_pretrained(out, lora_rank=2, lora_alpha=2, image_queries=3, video_queries=4, steps=2)
     trained.save_pretrained(tmp_path / "trained", dit=True)
     monkeypatch.setattr(pretrain, "HERE", shipped)

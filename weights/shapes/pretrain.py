@@ -53,6 +53,7 @@ LOST = ("sketch", "mosaic", "gray", "negative", "fog")     # looks that suffer m
 TEXT_LENGTH = 48        # captions are padded to this many tokens, with zeros, as Wan's are to 512
 IMAGES, CLIPS = 12000, 3000     # pictures rendered once and drawn from
 PAINTED = {"image": 12000, "clip": 3000}     # those of them that the DiT learns to paint
+# The kinds that `instruct` draws from: what takes longest to learn most often.
 TAUGHT = ("hybrid",) * 5 + ("swap",) * 3 + ("add", "color", "remove", "ref_swap") * 2 + ("ref_add", "style", "tone")
 
 
@@ -278,9 +279,9 @@ def mllm_config(tokenizer):
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
 
 
-def conversation(case, rng, edits=0.5):
-    """(instruction, references, answer): one thing to say about a case. A share `edits` is what the edit would lead to."""
-    if rng.random() < edits:
+def conversation(case, rng, edit):
+    """(instruction, references, answer): one thing to say about a case, with probability `edit` what the edit would lead to."""
+    if rng.random() < edit:
         return case.instruction, case.references, world.caption(case.target_scene)
     if rng.random() < 0.5 or case.source_scene.look:
         return "what is in the picture?", [], world.caption(case.source_scene)
@@ -348,29 +349,24 @@ def make_mllm(out, args):
     seeing = torch.load(out / "vision.state.pt", weights_only=True)["model"]
     model.visual.load_state_dict({name.removeprefix("visual."): value for name, value in seeing.items() if name.startswith("visual.")})
     print(f"mllm: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-
-    def draw(seed, video, rng):
-        case = world.sample(10**8 + seed, video)
-        return case, [conversation(case, rng) for _ in range(2)]    # to paint a case takes as long as to learn from it
-
-    teach("mllm", out, model, processor, args.mllm_steps, draw, "float32", lr=1e-3)
+    teach("mllm", out, model, processor, args.mllm_steps, first=10**8, edits=(0.5, 0.5), lr=1e-3)
 
 
 def make_instruct(out, args):
     """More of the MLLM, on what edits lead to and above all those of two parts: which word belongs to which thing comes last."""
     model, processor = Qwen2_5_VL.from_pretrained(out / "mllm", dtype=torch.float32), Processor.from_pretrained(out / "mllm")
     matrices = [p for part in (model.model.layers, model.visual.blocks) for p in part.parameters() if p.ndim == 2]
-
-    def draw(seed, video, rng):
-        case = world.sample(2 * 10**8 + seed, video, kind=world.pick(rng, TAUGHT))
-        return case, [conversation(case, rng, edits) for edits in (1, 0.2)]
-
-    # Three times these rates first undo what is there: after 440 steps the loss was twice that of the start.
-    teach("instruct", out, model, processor, args.instruct_steps, draw, args.precision, lr=2e-4, matrices=matrices, muon_lr=3e-3)
+    # Three times these rates undo what is there: within 120 steps the loss had doubled, and after 440 it was still 1.7 times
+    # that of the start.
+    teach("instruct", out, model, processor, args.instruct_steps, first=2 * 10**8, edits=(1, 0.2), kinds=TAUGHT,
+          precision=args.precision, lr=2e-4, matrices=matrices, muon_lr=3e-3)
 
 
-def teach(name, out, model, processor, steps, draw, precision, **rates):
-    """Trains the MLLM to write answers. draw(seed, video, rng) -> a case and [(instruction, references, answer)] about it."""
+def teach(name, out, model, processor, steps, first, edits, kinds=(None,), precision="float32", **rates):
+    """Trains the MLLM to write answers about the cases of the seeds from `first` on, which are of `kinds` (None: any).
+
+    About each case one thing is said for each of `edits`, the probability that it is what the edit leads to.
+    """
     tokenizer = processor.tokenizer
     end = tokenizer.token_to_id("<|im_end|>")
     colors = torch.tensor([tokenizer.encode(f" {color}").ids[0] for color in world.COLORS])
@@ -378,13 +374,15 @@ def teach(name, out, model, processor, steps, draw, precision, **rates):
     def loss_of(step, rng):
         video, rows, answers = step % 4 == 3, [], []
         for i in range(4 if video else 16):
-            case, said = draw(32 * step + i, video, rng)
+            case = world.sample(first + 32 * step + i, video, kind=world.pick(rng, kinds))
             shown = {"video": case.source, "fps": 16.0} if video else {"image": case.source[0]}
-            for instruction, references, answer in said:
+            for edit in edits:
+                instruction, references, answer = conversation(case, rng, edit)
                 rows.append(processor(instruction, references=references, system=SYSTEM_PROMPT, **shown))
                 answers.append(tokenizer.encode(answer).ids + [end])
                 rows[-1]["input_ids"] = torch.cat([rows[-1]["input_ids"], torch.tensor([answers[-1]])], dim=1)
         inputs = processor.collate(rows)
+        # In here and not around all steps: until it is left, autocast goes on with the weights that it rounded first.
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             hidden = model(**inputs).float()                                                # (B, L, D)
         length = hidden.shape[1]
@@ -483,7 +481,8 @@ def ship(out, args):
     model.vae.save_pretrained(HERE / "vae")
 
 
-PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "decoder": make_decoder, "refine": make_refined, "vision": make_vision, "mllm": make_mllm, "instruct": make_instruct, "dit": make_dit, "ship": ship}
+PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "decoder": make_decoder, "refine": make_refined, "vision": make_vision,
+         "mllm": make_mllm, "instruct": make_instruct, "dit": make_dit, "ship": ship}
 
 
 def main():
