@@ -23,6 +23,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -110,8 +111,10 @@ class Offload:
     `read(i)` -> {name: tensor} of block i, where they are needed. A thread reads one block ahead, so two are in memory.
     """
 
-    def __init__(self, blocks, read):
-        self.blocks, self.read = blocks, read
+    def __init__(self, blocks, read, device="cpu"):
+        self.blocks, self.read, self.device = blocks, read, torch.device(device)
+        # One for all reads: what a stream's copies were in can only be used again by copies of the same stream.
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __iter__(self):
         with ThreadPoolExecutor(1) as reader:
@@ -122,8 +125,8 @@ class Offload:
                     coming = reader.submit(self.fetch, i + 1)
                 block.load_state_dict(weights, strict=False, assign=True)   # not strict: LoRA stays where it is
                 yield block
-                if torch.cuda.is_available():
-                    torch.cuda.current_stream().synchronize()   # else the next copy could overwrite what is still in use
+                if self.stream:
+                    torch.cuda.current_stream(self.device).synchronize()    # else the next copy could overwrite what is in use
                 nowhere = {name: weight.to("meta") for name, weight in weights.items()}
                 block.load_state_dict(nowhere, strict=False, assign=True)
                 del weights
@@ -131,12 +134,11 @@ class Offload:
 
     def fetch(self, i):
         """read(i), on a GPU beside its work: on the one stream that threads share, a copy would wait for it."""
-        if not torch.cuda.is_available():
+        if self.stream is None:
             return self.read(i)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self.stream):
             weights = self.read(i)
-        stream.synchronize()
+        self.stream.synchronize()
         return weights
 
 
@@ -269,8 +271,9 @@ class InstructX(nn.Module):
         place = locate(folder, instructx)
         if not offload:
             Thread(target=read_ahead, args=(place.values(),), daemon=True).start()
-        mllm = Qwen2_5_VL.from_pretrained(place["mllm"], device, dtype, Offload if offload else None)
-        dit = WanDiT.from_pretrained(place["dit"], device, dtype, Offload if offload or quantize or group else None)
+        streamed = partial(Offload, device=device)
+        mllm = Qwen2_5_VL.from_pretrained(place["mllm"], device, dtype, streamed if offload else None)
+        dit = WanDiT.from_pretrained(place["dit"], device, dtype, streamed if offload or quantize or group else None)
         vae = WanVAE.from_pretrained(place["vae"], device)
         processor = Processor.from_pretrained(place["mllm"])
         if "instructx" in place:

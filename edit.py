@@ -561,10 +561,10 @@ def load(args):
     except (RuntimeError, AssertionError, NotImplementedError) as error:    # torch has no one error for this
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {device} is not available ({reason}); cpu always is") from None
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     group = None
     if "RANK" in os.environ:            # torchrun started this process among others
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         group = torch.distributed.group.WORLD
     quantize = args.quantize and getattr(torch, args.quantize)

@@ -1,5 +1,6 @@
 """connector.py: the seams between the four models, on tiny random weights."""
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -12,6 +13,7 @@ import time
 import weakref
 from pathlib import Path
 from threading import Thread
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -146,6 +148,25 @@ def test_offload_holds_two_blocks_at_most():
         seen = [block.weight[0, 0].item() for block in Offload(blocks, read)]
         assert seen == [0, 1, 2, 3, 4, 5] and all(block.weight.is_meta for block in blocks)
     assert len(most) == 12 and max(most) == 2
+
+
+def test_offload_on_a_gpu_waits_for_its_copies_and_for_its_work(monkeypatch):
+    """Copies run on one stream of their own, which lets each use the memory of the last; torch.cuda is made up here."""
+    events, copies, work = [], Mock(), Mock()
+    copies.synchronize = lambda: events.append("copied")
+    work.synchronize = lambda: events.append(("worked", [block.weight.is_meta for block in blocks]))
+    made, copying = Mock(return_value=copies), Mock(return_value=contextlib.nullcontext())
+    for name, fake in (("Stream", made), ("stream", copying), ("current_stream", lambda device: work)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False, device="meta") for _ in range(3))
+    offload = Offload(blocks, lambda i: {"weight": torch.ones(2, 2)}, "cuda:1")
+    for walk in range(2):
+        for i, block in enumerate(offload):
+            assert events.count("copied") > 3 * walk + i and not block.weight.is_meta
+    assert made.call_args_list == [call(torch.device("cuda:1"))] and copying.call_args_list == 6 * [call(copies)]
+    worked = [event[1] for event in events if event[0] == "worked"]
+    assert worked == 2 * [[j != i for j in range(3)] for i in range(3)]     # a block lets go of its weights only then
 
 
 def test_offload_says_what_cannot_be_read():
