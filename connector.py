@@ -181,7 +181,7 @@ class InstructX(nn.Module):
         parameter = next(self.vae.parameters())
         video = torch.from_numpy(pad(frames, self.multiple(), self.vae.temporal_stride))            # (T, H, W, 3)
         video = video.to(parameter.device).permute(3, 0, 1, 2)[None].to(parameter.dtype)            # (1, 3, T, H, W)
-        return self.vae.encode(video / 127.5 - 1)                                                   # (1, 16, F, h, w)
+        return self.vae.encode(video.div_(127.5).sub_(1))   # in place: of a clip a copy takes gigabytes
 
     def decode(self, z, shape):
         """Latents (1, 16, F, h, w) -> uint8 frames of `shape` (T, H, W, 3), a piece of the clip at a time; padding is cut off."""
@@ -225,7 +225,7 @@ class InstructX(nn.Module):
         # The unconditional branch sees the same pictures with an empty instruction, so guidance amplifies the words alone.
         wanted = [instruction] if guidance == 1 else [instruction, ""]
         inputs = self.processor.collate([self.prompt(frames, words, references, fps) for words in wanted], same_pictures=True)
-        context = self.context({name: value.to(device) for name, value in inputs.items()}, len(frames) > 1)  # (1 or 2, Q, 4096)
+        context = self.context(inputs, len(frames) > 1)                                             # (1 or 2, Q, 4096)
         report("understand", 1, 1)
 
         report("encode", 0, 1 + len(references))
@@ -243,6 +243,7 @@ class InstructX(nn.Module):
         condition = self.dit.condition(context.to(dtype), shape, source, latents, timesteps)        # what no step changes
         velocity = guided(lambda z, t: self.dit.denoise(z.to(dtype), t, condition).float(), guidance)
         z = sampler.sample(velocity, noise, progress=lambda done: report("denoise", done, steps))
+        del condition                                               # up to gigabytes, which the VAE can use
 
         report("decode", 0, len(frames))
         result, done = [], 0
