@@ -392,6 +392,28 @@ def test_compiled_equals_eager(model):
     assert graphs == [1, 2, 2, 2]
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("rounded", [False, True])
+def test_compiled_goes_with_the_rest(model, tmp_path, rounded):
+    """Blocks that get their weights anew in every turn, or have them in int8, are still one compilation."""
+    from torch._dynamo.utils import counters
+
+    from connector import Offload
+    model.save_pretrained(tmp_path)
+    eager, compiled = (WanDiT.from_pretrained(tmp_path, offload=Offload) for _ in range(2))
+    if rounded:
+        eager, compiled = eager.quantize(torch.int8), compiled.quantize(torch.int8)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled.compile_blocks()
+    z, t, context = inputs(CONFIG, batch=2)
+    with torch.no_grad():
+        conditions = [one.condition(context, z.shape, latents(*z.shape)) for one in (eager, compiled)]
+        for step in (t, t / 2):
+            assert error(compiled.denoise(z, step, conditions[1]), eager.denoise(z, step, conditions[0])) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_times_of_the_schedule(model):
     """Embedded once for all steps, they are those that each step would embed; a t that is not among them is no error."""
     z, _, context = inputs(CONFIG, batch=2)
