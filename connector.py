@@ -482,6 +482,7 @@ def show(folder):
 
 
 def main():
+    """Prints what a weights folder holds; ends with code 2 after one line of what is wrong with it."""
     parser = argparse.ArgumentParser(description="What a weights folder holds, and the shapes of one edit.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shapes = Path(__file__).resolve().parent / "weights" / "shapes"

@@ -721,6 +721,7 @@ def show(model, size, device):
 
 
 def main():
+    """Prints what the presets cost, and a step; ends with code 2 after one line of what is wrong."""
     parser = argparse.ArgumentParser(description="What the DiT costs, and the shapes of one step.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder", nargs="?", help="checkpoint file or folder; without one, the tiny preset at random")

@@ -986,6 +986,7 @@ def open_media(path, count):
 
 
 def main():
+    """Prints the answer to a question about a picture; ends with code 2 after one line of what is wrong."""
     parser = argparse.ArgumentParser(description="Asks Qwen2.5-VL about a picture or a clip.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shapes = Path(__file__).resolve().parent / "weights" / "shapes"

@@ -179,6 +179,7 @@ def exact_velocity(data, blur):
 
 
 def main():
+    """Prints the error of both solvers by steps, and draws where the noise went."""
     parser = argparse.ArgumentParser(description="Carries Gaussian noise to two moons with an exact velocity, and "
                                      "prints how far from the exact end each solver stops.")
     parser.add_argument("picture", nargs="?", help="where to draw the starts and the ends, for instance moons.png")
