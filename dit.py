@@ -1,16 +1,16 @@
 """The Wan2.1 diffusion transformer (arXiv 2503.20314), and how InstructX lets it see pictures.
 
-A transformer over the latent patches of all frames at once, after the official wan/modules/model.py:
-self-attention with rotary positions in time, height and width, cross-attention to the instruction,
-and a feed-forward layer, all modulated by the timestep. InstructX (arXiv 2510.08485, section 3.2)
-replaces the text by the connector's output, adds the latents of the source to the noisy ones, and
-appends the latents of the references to the sequence.
+A transformer over the latent patches of all frames at once, after the official
+wan/modules/model.py: self-attention with rotary positions in time, height and width,
+cross-attention to the instruction, and a feed-forward layer, modulated by the timestep. InstructX
+(arXiv 2510.08485, section 3.2) replaces the text by the connector's output, adds the latents of
+the source to the noisy ones, and appends the latents of the references to the sequence.
 
 What is unusual:
 - One projection of the time embedding serves all blocks; each block adds a small table of its own.
 - Queries and keys are normalised over the whole width, before it is split into heads.
-- A reference counts as one more frame after the last one. It has a grid of its own, so its size may
-  differ from that of the source. Its tokens are dropped before the head.
+- A reference counts as one more frame after the last one. It has a grid of its own, so its size
+  may differ from that of the source. Its tokens are dropped before the head.
 - `condition` computes what all steps of an edit share, `denoise` is the step itself.
 - The residual stream, norms, rotations, modulation, time embedding and head are float32, as in the
   official code, whatever dtype the large matrices have. (diffusers rounds the stream after every
@@ -100,7 +100,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def patchify(z, patch):
-    """(B, C, F, h, w) -> (B, L, C*p*q*r): patches of p frames, q rows and r columns, in raster order."""
+    """(B, C, F, h, w) -> (B, L, C*p*q*r): patches of p frames, q rows, r columns, raster order."""
     p, q, r = patch
     z = (
         z.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))
@@ -109,7 +109,7 @@ def patchify(z, patch):
 
 
 def unpatchify(x, grid, patch):
-    """(B, L, p*q*r*C) -> (B, C, F, h, w). The head puts the channels last; patchify has them first."""
+    """(B, L, p*q*r*C) -> (B, C, F, h, w). The head has the channels last, not first."""
     x = x.unflatten(2, (*patch, -1)).unflatten(1, grid)  # (B, f, h, w, p, q, r, C)
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
 
@@ -117,12 +117,13 @@ def unpatchify(x, grid, patch):
 class PatchEmbedding(nn.Conv3d):
     """Latents (B, C, F, h, w) -> tokens (B, L, D), float32.
 
-    The kernel is as large as the stride, so the convolution is one matrix product over the patches.
-    (Some releases of torch fall back to very slow 3-D convolutions in bfloat16.)
+    The kernel is as large as the stride, so the convolution is one matrix product over the
+    patches. (Some releases of torch fall back to very slow 3-D convolutions in bfloat16.)
     """
 
     def __init__(self, config, bias=True):
-        super().__init__(config.in_dim, config.dim, config.patch_size, config.patch_size, bias=bias)
+        super().__init__(config.in_dim, config.dim, config.patch_size, config.patch_size,
+        bias=bias)
 
     def forward(self, z, use_bias=True):
         patches = patchify(z.to(self.weight.dtype), self.kernel_size)
@@ -137,8 +138,8 @@ def modulate(x, shift, scale):
 def sinusoids(t, width):
     """t (B,) -> (B, width) float32: cosines, then sines.
 
-    float32 would keep few digits of angles up to 1000, so this is float64. It runs on the CPU because
-    some devices have no float64.
+    float32 would keep few digits of angles up to 1000, so this is float64. It runs on the CPU,
+    because some devices have no float64.
     """
     frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angles = t.cpu().double()[:, None] * frequencies
@@ -222,11 +223,10 @@ class Block(nn.Module):
 
     def forward(self, x, e, context, cos, sin):
         """x (B, L+R, D) and e (B, 6, D) float32, context (B, Q, D) -> (B, L+R, D) float32."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6, dim=1)
-        y = modulate(self.norm1(x), shift1, scale1)
-        x = x + gate1 * self.self_attn(y, y, (cos, sin))
-        x = x + self.cross_attn(self.norm3(x), context)
-        return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6,
+        dim=1) y = modulate(self.norm1(x), shift1, scale1) x = x + gate1 * self.self_attn(y, y,
+        (cos, sin)) x = x + self.cross_attn(self.norm3(x), context) return x + gate2 *
+        self.ffn(modulate(self.norm2(x), shift2, scale2))
 
 
 class Head(nn.Module):
@@ -273,10 +273,9 @@ class WanDiT(nn.Module):
             self.text_embedding = nn.Sequential(
                 Linear(config.text_dim, D), nn.GELU(approximate="tanh"), Linear(D, D)
             )
-        self.time_embedding = nn.Sequential(Linear32(config.freq_dim, D), nn.SiLU(), Linear32(D, D))
-        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(D, 6 * D))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.head = Head(config)
+        self.time_embedding = nn.Sequential(Linear32(config.freq_dim, D), nn.SiLU(), Linear32(D,
+        D)) self.time_projection = nn.Sequential(nn.SiLU(), Linear32(D, 6 * D)) self.blocks =
+        nn.ModuleList(Block(config) for _ in range(config.num_layers)) self.head = Head(config)
 
     def forward(self, z, t, context, source=None, references=()):
         """One training step: `condition`, then `denoise`."""
@@ -294,9 +293,9 @@ class WanDiT(nn.Module):
         projection = self.time_projection(e).unflatten(1, (6, -1))  #                (B, 6, D)
         for block in self.blocks:
             x = block(x, projection, condition.context, *condition.rope)  #          (B, L+R, D)
-        v = self.head(x[:, :L], e)  #                                                (B, L, p*q*r*C)
-        v = unpatchify(v, self.grid(z.shape), self.config.patch_size)  #             (B, C, F, h, w)
-        return v.type_as(z)
+        v = self.head(x[:, :L], e)  #                                                (B, L,
+        p*q*r*C) v = unpatchify(v, self.grid(z.shape), self.config.patch_size)  #             (B,
+        C, F, h, w) return v.type_as(z)
 
     def condition(self, context, shape, source=None, references=()):
         """Embeds what stays the same in all steps of an edit.
@@ -319,7 +318,8 @@ class WanDiT(nn.Module):
             tokens.append(
                 self.patch_embedding(reference).expand(shape[0], -1, -1)
             )  # (B, h'w'/4, D)
-            tables.append(rope_table(self.grid(reference.shape), head_dim, first_frame=grid[0] + i))
+            tables.append(rope_table(self.grid(reference.shape), head_dim, first_frame=grid[0] +
+            i))
         cos, sin = (torch.cat(table).to(context.device) for table in zip(*tables))  # (L+R, 1, d/2)
         return Condition(
             context=context,
@@ -335,7 +335,7 @@ class WanDiT(nn.Module):
         return self.source_embedding(source)
 
     def add_source_embedding(self):
-        """Gives the source an embedding of its own that starts as a copy, so nothing changes yet."""
+        """Gives the source an embedding of its own. It starts as a copy, so nothing changes yet."""
         if self.source_embedding is None:
             with torch.device("meta"):
                 self.source_embedding = PatchEmbedding(self.config, bias=False)
@@ -487,11 +487,9 @@ def checkpoint_files(path):
             raise ValueError(f"{indices[0]} is no index of shards: it has no weight_map")
         files = [path / Path(str(name)).name for name in sorted(set(map(str, names.values())))]
     else:
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+        files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
-            raise FileNotFoundError(
-                f"{path} holds {len(files)} checkpoint files and no index; one is needed"
-            )
+            raise FileNotFoundError(f"{path} holds {len(files)} .safetensors files and no index")
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; {indices[0].name} names it")
@@ -520,45 +518,27 @@ def read_config(path):
             raw["dim"] = raw["attention_head_dim"] * raw["num_heads"]
         if "patch_size" in raw:
             raw["patch_size"] = tuple(raw["patch_size"])
-        known = {field.name: raw[field.name] for field in fields(WanDiTConfig) if field.name in raw}
-        return WanDiTConfig(**known)
+        known = {field.name: raw[field.name] for field in fields(WanDiTConfig) if field.name in
+        raw} return WanDiTConfig(**known)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: {error!r}") from None
 
 
 def read_tensors(path, prefix=""):
-    """{official name: tensor} of all names with this prefix, mapped from the files, not read.
-
-    A pickle (.pth) is opened as data only: it cannot run code.
-    """
+    """{official name: tensor} of all names with this prefix, mapped from the files, not read."""
     tensors = {}
     for file in checkpoint_files(path):
         try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as stored:
-                    names = {name: official_name(name) for name in stored.keys()}
-                    for name, official in names.items():
-                        if official.startswith(prefix):
-                            tensors[official] = stored.get_tensor(name)
-            else:
-                stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                for name, tensor in stored.items():
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():
                     if official_name(name).startswith(prefix):
-                        tensors[official_name(name)] = tensor
-        except (
-            SafetensorError,
-            AttributeError,
-            RuntimeError,
-            ValueError,
-            OSError,
-            EOFError,
-        ) as error:
-            raise ValueError(f"{file} is damaged, or holds no plain tensors: {error}") from None
-        except Exception as error:  # pickle has an error class of its own
-            raise ValueError(f"{file} is no plain tensor file: {str(error)[:200]}") from None
+                        tensors[official_name(name)] = stored.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is no floating point tensor")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; quantized files are not
+            supported")
     return tensors
 
 
@@ -591,9 +571,7 @@ def main():
     with torch.inference_mode():
         condition = model.condition(context, z.shape, source=z, references=[z[:, :, :1]])
         v = model.denoise(z, torch.tensor([500.0]), condition)
-    print(
-        f"z {tuple(z.shape)}, a source and a reference of one frame: {len(condition.rope[0])} tokens"
-    )
+    print(f"z {tuple(z.shape)}, a source and a reference: {len(condition.rope[0])} tokens")
     print(f"context {tuple(context.shape)} -> {tuple(condition.context.shape)}")
     print(f"velocity {tuple(v.shape)}")
 

@@ -1,7 +1,7 @@
 """WanVAE: the 3D causal autoencoder of Wan2.1, from video to latents and back.
 
-It turns (B, 3, T, H, W) video in [-1, 1] into (B, 16, F, h, w) latents: 8 times smaller in height and
-width, 4 times in time. Time runs one way. Two rules say everything; the official code
+It turns (B, 3, T, H, W) video in [-1, 1] into (B, 16, F, h, w) latents: 8 times smaller in height
+and width, 4 times in time. Time runs one way. Two rules say everything; the official code
 (wan/modules/vae.py of Wan2.1) and diffusers (AutoencoderKLWan) compute them behind feature caches:
 
   1. every convolution over time sees only the past; before the clip the past is zeros;
@@ -46,8 +46,8 @@ STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 class VAEConfig:
     """The released Wan2.1 VAE.
 
-    Each entry of `dim_mult` is one resolution. Between two of them height and width halve, and time
-    too where `temporal_downsample` says so. `latents_*` are statistics of the posterior mean.
+    Each entry of `dim_mult` is one resolution. Between two of them height and width halve, and
+    time too where `temporal_downsample` says so. `latents_*` are statistics of the posterior mean.
     """
 
     dim: int = 96
@@ -68,8 +68,8 @@ class VAEConfig:
 PRESETS = {"wan2.1": VAEConfig(), "tiny": VAEConfig(dim=8, num_res_blocks=1)}
 
 # Inside the networks x is (B, T, H, W, C): convolutions and norms are fastest on this order in
-# memory, on CPU and GPU alike. `cache` is the dict of every layer's past, or None for a lone image,
-# which has neither past nor future.
+# memory, on CPU and GPU alike. `cache` is the dict of every layer's past, or None for a lone
+# image, which has neither past nor future.
 
 
 def conv2d(x, weight, bias, stride=1, padding=0):
@@ -79,7 +79,7 @@ def conv2d(x, weight, bias, stride=1, padding=0):
 
 
 def pointwise(x, conv):
-    """A convolution with a kernel of one point is a linear layer over the channels of x (..., C)."""
+    """A convolution with a one-point kernel is a linear layer over the channels of x (..., C)."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
@@ -107,8 +107,8 @@ class CausalConv3d(nn.Conv3d):
 class RMSNorm(nn.Module):
     """RMSNorm over the channels of x (..., C).
 
-    Official: F.normalize(x) * sqrt(C) * gamma, which clamps the norm at 1e-12. This form is the same
-    to rounding, and reads x once. (nn.RMSNorm's default eps would shrink small activations.)
+    Official: F.normalize(x) * sqrt(C) * gamma, which clamps the norm at 1e-12. This form is the
+    same to rounding and reads x once. (nn.RMSNorm's default eps would shrink small activations.)
     """
 
     def __init__(self, dim, spatial_dims=3):
@@ -186,7 +186,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles, if `temporal`, all frames but the first, then height and width; halves the channels."""
+    """Doubles, if `temporal`, all frames but the first, then height and width; halves channels."""
 
     def __init__(self, dim, temporal):
         super().__init__()
@@ -255,7 +255,8 @@ class Decoder(nn.Module):
         width, layers = config.dim * config.dim_mult[-1], []
         self.conv1 = CausalConv3d(config.z_dim, width, (3, 3, 3))
         self.middle = middle_layers(width)
-        for mult, temporal in zip(config.dim_mult[::-1], (*config.temporal_downsample[::-1], None)):
+        for mult, temporal in zip(config.dim_mult[::-1], (*config.temporal_downsample[::-1],
+        None)):
             for _ in range(config.num_res_blocks + 1):  # one more than in the encoder
                 layers.append(ResidualBlock(width, config.dim * mult))
                 width = config.dim * mult
@@ -272,12 +273,24 @@ class Decoder(nn.Module):
         return run(self.head, x, cache)
 
 
+def to_video(frames, like):
+    """uint8 (T, H, W, 3) -> (1, 3, T, H, W) in [-1, 1], with the dtype and device of `like`."""
+    video = torch.from_numpy(frames).to(like.device).permute(3, 0, 1, 2)[None].to(like.dtype)
+    return video.div_(127.5).sub_(1)  # in place: a copy of a clip takes gigabytes
+
+
+def to_frames(video):
+    """(1, 3, T, H, W) in [-1, 1] -> uint8 (T, H, W, 3)."""
+    levels = ((video[0].float() + 1) * 127.5).round().clamp(0, 255).byte()
+    return levels.permute(1, 2, 3, 0).cpu().numpy()
+
+
 class WanVAE(nn.Module):
     """`encode` and `decode` are for use: normalised latents, no gradients.
 
-    `moments` and `reconstruct` are for training the VAE itself: latents that are not normalised, no
-    clamp, differentiable. `chunk` is the number of latent frames per step: more take more memory and
-    fewer steps, and the result stays the same.
+    `moments` and `reconstruct` are for training the VAE itself: latents that are not normalised,
+    no clamp, differentiable. `chunk` is the number of latent frames per step: more take more
+    memory and fewer steps, and the result stays the same.
     """
 
     def __init__(self, config=VAEConfig()):
@@ -340,13 +353,14 @@ class WanVAE(nn.Module):
         return features.movedim(-1, 1).contiguous().chunk(2, dim=1)
 
     def reconstruct(self, z, chunk=1):
-        """z not normalised, such as a sample from `moments` -> video (B, 3, T, H, W), not clamped."""
+        """z as a sample from `moments`, not normalised -> video (B, 3, T, H, W), not clamped."""
         return torch.cat(list(self.reconstruct_stream(z, chunk)), dim=2).contiguous()
 
     def reconstruct_stream(self, z, chunk=1):
         """Yields the frames of `reconstruct` as they come."""
         if z.ndim != 5 or z.shape[1] != self.config.z_dim or not z.numel():
-            raise ValueError(f"latents are {tuple(z.shape)}, not (B, {self.config.z_dim}, F, h, w)")
+            raise ValueError(f"latents are {tuple(z.shape)}, not (B, {self.config.z_dim}, F, h,
+            w)")
         chunks = split_frames(z, chunk)
         cache = {} if len(chunks) > 1 else None
         for latents in chunks:
@@ -482,8 +496,8 @@ def read_config(file):
         raise ValueError(f"{file} does not describe the Wan2.1 VAE")
     names = {field.name for field in fields(VAEConfig)}
     raw = {CONFIG_KEYS.get(key, key): value for key, value in raw.items()}
-    raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if name in names}
-    try:
+    raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if name in
+    names} try:
         config = VAEConfig(**raw)
         if not all(map(math.isfinite, config.latents_mean)) or not min(config.latents_std) > 0:
             raise ValueError("latents_mean should be numbers, latents_std above 0")
@@ -535,11 +549,11 @@ def main():
     try:
         vae = WanVAE.from_pretrained(args.weights)
         with Image.open(args.image) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).float()  # (H, W, 3)
+            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
         H, W = (side // vae.spatial_stride * vae.spatial_stride for side in pixels.shape[:2])
-        video = (pixels[:H, :W] / 127.5 - 1).permute(2, 0, 1)[None, :, None]  # (1, 3, 1, H, W)
+        video = to_video(pixels[None, :H, :W], like=vae.conv1.weight)  # (1, 3, 1, H, W)
         z = vae.encode(video)  # (1, 16, 1, h, w)
-        error = (vae.decode(z).float() - video).square().mean().item()
+        error = (vae.decode(z) - video).float().square().mean().item()
     except (ValueError, OSError) as error:
         parser.exit(2, f"vae.py: {error}\n")
     print(f"{H} x {W} pixels -> latents {tuple(z.shape)}: {video.numel() / z.numel():.1f} to 1")
