@@ -72,9 +72,10 @@ class Connector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.image_queries = nn.Parameter(torch.randn(config.image_queries, config.mllm_dim) *
-        0.02) self.video_queries = nn.Parameter(torch.randn(config.video_queries, config.mllm_dim)
-        * 0.02) self.mlp = nn.Sequential(
+        D = config.mllm_dim
+        self.image_queries = nn.Parameter(torch.randn(config.image_queries, D) * 0.02)
+        self.video_queries = nn.Parameter(torch.randn(config.video_queries, D) * 0.02)
+        self.mlp = nn.Sequential(
             nn.Linear(config.mllm_dim, config.hidden_dim),
             nn.GELU(approximate="tanh"),
             nn.Linear(config.hidden_dim, config.context_dim),

@@ -122,8 +122,7 @@ class PatchEmbedding(nn.Conv3d):
     """
 
     def __init__(self, config, bias=True):
-        super().__init__(config.in_dim, config.dim, config.patch_size, config.patch_size,
-        bias=bias)
+        super().__init__(config.in_dim, config.dim, config.patch_size, config.patch_size, bias=bias)
 
     def forward(self, z, use_bias=True):
         patches = patchify(z.to(self.weight.dtype), self.kernel_size)
@@ -223,10 +222,12 @@ class Block(nn.Module):
 
     def forward(self, x, e, context, cos, sin):
         """x (B, L+R, D) and e (B, 6, D) float32, context (B, Q, D) -> (B, L+R, D) float32."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6,
-        dim=1) y = modulate(self.norm1(x), shift1, scale1) x = x + gate1 * self.self_attn(y, y,
-        (cos, sin)) x = x + self.cross_attn(self.norm3(x), context) return x + gate2 *
-        self.ffn(modulate(self.norm2(x), shift2, scale2))
+        modulation = (self.modulation.float() + e).chunk(6, dim=1)  # 6 x (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        y = modulate(self.norm1(x), shift1, scale1)
+        x = x + gate1 * self.self_attn(y, y, (cos, sin))
+        x = x + self.cross_attn(self.norm3(x), context)
+        return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2))
 
 
 class Head(nn.Module):
@@ -273,9 +274,10 @@ class WanDiT(nn.Module):
             self.text_embedding = nn.Sequential(
                 Linear(config.text_dim, D), nn.GELU(approximate="tanh"), Linear(D, D)
             )
-        self.time_embedding = nn.Sequential(Linear32(config.freq_dim, D), nn.SiLU(), Linear32(D,
-        D)) self.time_projection = nn.Sequential(nn.SiLU(), Linear32(D, 6 * D)) self.blocks =
-        nn.ModuleList(Block(config) for _ in range(config.num_layers)) self.head = Head(config)
+        self.time_embedding = nn.Sequential(Linear32(config.freq_dim, D), nn.SiLU(), Linear32(D, D))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(D, 6 * D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
 
     def forward(self, z, t, context, source=None, references=()):
         """One training step: `condition`, then `denoise`."""
@@ -293,9 +295,9 @@ class WanDiT(nn.Module):
         projection = self.time_projection(e).unflatten(1, (6, -1))  #                (B, 6, D)
         for block in self.blocks:
             x = block(x, projection, condition.context, *condition.rope)  #          (B, L+R, D)
-        v = self.head(x[:, :L], e)  #                                                (B, L,
-        p*q*r*C) v = unpatchify(v, self.grid(z.shape), self.config.patch_size)  #             (B,
-        C, F, h, w) return v.type_as(z)
+        v = self.head(x[:, :L], e)  #                                                (B, L, pqrC)
+        v = unpatchify(v, self.grid(z.shape), self.config.patch_size)  #             (B, C, F, h, w)
+        return v.type_as(z)
 
     def condition(self, context, shape, source=None, references=()):
         """Embeds what stays the same in all steps of an edit.
@@ -318,8 +320,8 @@ class WanDiT(nn.Module):
             tokens.append(
                 self.patch_embedding(reference).expand(shape[0], -1, -1)
             )  # (B, h'w'/4, D)
-            tables.append(rope_table(self.grid(reference.shape), head_dim, first_frame=grid[0] +
-            i))
+            frame = grid[0] + i  # one more after the last
+            tables.append(rope_table(self.grid(reference.shape), head_dim, frame))
         cos, sin = (torch.cat(table).to(context.device) for table in zip(*tables))  # (L+R, 1, d/2)
         return Condition(
             context=context,
@@ -518,8 +520,8 @@ def read_config(path):
             raw["dim"] = raw["attention_head_dim"] * raw["num_heads"]
         if "patch_size" in raw:
             raw["patch_size"] = tuple(raw["patch_size"])
-        known = {field.name: raw[field.name] for field in fields(WanDiTConfig) if field.name in
-        raw} return WanDiTConfig(**known)
+        names = [field.name for field in fields(WanDiTConfig)]
+        return WanDiTConfig(**{name: raw[name] for name in names if name in raw})
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: {error!r}") from None
 
@@ -537,8 +539,7 @@ def read_tensors(path, prefix=""):
             raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{path}: {name} is {tensor.dtype}; quantized files are not
-            supported")
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; it should be float")
     return tensors
 
 

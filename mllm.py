@@ -304,7 +304,7 @@ class VisionTower(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, patches, grids):
-        """patches (N, channels * frames * pixels), grids [(t, h, w)] of all pictures -> (N/4, D)."""
+        """patches (N, channels * frames * pixels), a grid (t, h, w) per picture -> (N/4, D)."""
         rows, columns, slots, shape = patch_layout(grids, self.config)
         rope = self.rope(rows.to(patches.device), columns.to(patches.device))
         windows = WindowAttention(slots.to(patches.device), shape)
@@ -644,8 +644,7 @@ class LoRALinear(nn.Linear):
 
 def lora_layers(model):
     """[(name, LoRALinear)] in the order of the model."""
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer,
-    LoRALinear)]
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
 
 
 def add_lora(model, rank=64, alpha=64, targets=LORA_TARGETS):
@@ -902,8 +901,7 @@ def load_model(cls, path, device, dtype, blocks):
         model = cls(config)
     tied, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and tied is not None and table is not None:
-        # Some exports store the tied head again. Only an equal copy may go.
-        if torch.equal(tied, table):
+        if torch.equal(tied, table):  # some exports store the tied head again
             del tensors["lm_head.weight"]
     for name, tensor in tensors.items():
         if blocks:

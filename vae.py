@@ -255,8 +255,7 @@ class Decoder(nn.Module):
         width, layers = config.dim * config.dim_mult[-1], []
         self.conv1 = CausalConv3d(config.z_dim, width, (3, 3, 3))
         self.middle = middle_layers(width)
-        for mult, temporal in zip(config.dim_mult[::-1], (*config.temporal_downsample[::-1],
-        None)):
+        for mult, temporal in zip(config.dim_mult[::-1], (*config.temporal_downsample[::-1], None)):
             for _ in range(config.num_res_blocks + 1):  # one more than in the encoder
                 layers.append(ResidualBlock(width, config.dim * mult))
                 width = config.dim * mult
@@ -359,8 +358,7 @@ class WanVAE(nn.Module):
     def reconstruct_stream(self, z, chunk=1):
         """Yields the frames of `reconstruct` as they come."""
         if z.ndim != 5 or z.shape[1] != self.config.z_dim or not z.numel():
-            raise ValueError(f"latents are {tuple(z.shape)}, not (B, {self.config.z_dim}, F, h,
-            w)")
+            raise ValueError(f"latents are {tuple(z.shape)}, not (B, {self.config.z_dim}, F, h, w)")
         chunks = split_frames(z, chunk)
         cache = {} if len(chunks) > 1 else None
         for latents in chunks:
@@ -496,9 +494,11 @@ def read_config(file):
         raise ValueError(f"{file} does not describe the Wan2.1 VAE")
     names = {field.name for field in fields(VAEConfig)}
     raw = {CONFIG_KEYS.get(key, key): value for key, value in raw.items()}
-    raw = {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items() if name in
-    names} try:
-        config = VAEConfig(**raw)
+    for key, value in raw.items():
+        if isinstance(value, list):
+            raw[key] = tuple(value)
+    try:
+        config = VAEConfig(**{name: value for name, value in raw.items() if name in names})
         if not all(map(math.isfinite, config.latents_mean)) or not min(config.latents_std) > 0:
             raise ValueError("latents_mean should be numbers, latents_std above 0")
         return config
