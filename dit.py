@@ -174,7 +174,7 @@ def attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """Self-attention where `context` is x itself, else cross-attention."""
+    """Cross-attention to a context or, without one, self-attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -186,12 +186,13 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x, context, rope=None):
+    def forward(self, x, context=None, rope=None):
         """x (B, L, D), context (B, M, D), rope: cos and sin -> (B, L, D) in the weights' dtype."""
-        v = self.heads(self.v(context))  # (B, M, K, d)
-        q = self.heads(self.norm_q(self.q(x)))  # (B, L, K, d), float32
+        context = x if context is None else context
+        v = self.heads(self.v(context))  #                             (B, M, K, d)
+        q = self.heads(self.norm_q(self.q(x)))  #                      (B, L, K, d), float32
         q = (rotate(q, *rope) if rope else q).type_as(v)
-        k = self.heads(self.norm_k(self.k(context)))  # (B, M, K, d), float32
+        k = self.heads(self.norm_k(self.k(context)))  #                (B, M, K, d), float32
         k = (rotate(k, *rope) if rope else k).type_as(v)
         return self.o(attention(q, k, v))
 
@@ -224,8 +225,7 @@ class Block(nn.Module):
         """x (B, L+R, D) and e (B, 6, D) float32, context (B, Q, D) -> (B, L+R, D) float32."""
         modulation = (self.modulation.float() + e).chunk(6, dim=1)  # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        y = modulate(self.norm1(x), shift1, scale1)
-        x = x + gate1 * self.self_attn(y, y, (cos, sin))
+        x = x + gate1 * self.self_attn(modulate(self.norm1(x), shift1, scale1), rope=(cos, sin))
         x = x + self.cross_attn(self.norm3(x), context)
         return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2))
 

@@ -92,8 +92,7 @@ class CausalConv3d(nn.Conv3d):
         self.past = past  # how many earlier frames it remembers and puts before a chunk
 
     def forward(self, x, cache):
-        past = cache.get(self) if cache else None
-        seen = x if past is None else torch.cat([past, x], dim=1)
+        seen = torch.cat([cache[self], x], dim=1) if cache and self in cache else x
         if cache is not None and self.past:
             cache[self] = seen[:, -self.past :].clone()  # a view would keep the whole chunk alive
         if self.past and seen.shape[1] == 1:  # zeros before it: only the kernel's last tap counts
