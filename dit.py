@@ -102,9 +102,8 @@ class RMSNorm(nn.RMSNorm):
 def patchify(z, patch):
     """(B, C, F, h, w) -> (B, L, C*p*q*r): patches of p frames, q rows, r columns, raster order."""
     p, q, r = patch
-    z = (
-        z.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))
-    )  # (B, C, f, p, h, q, w, r)
+    z = z.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))
+    # z is (B, C, f, p, h, q, w, r) now.
     return z.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
@@ -266,9 +265,9 @@ class WanDiT(nn.Module):
         self.config = config
         D = config.dim
         self.patch_embedding = PatchEmbedding(config)
-        self.source_embedding = (
-            PatchEmbedding(config, bias=False) if config.source_embedding else None
-        )
+        self.source_embedding = None
+        if config.source_embedding:
+            self.source_embedding = PatchEmbedding(config, bias=False)
         self.text_embedding = nn.Identity()
         if config.text_dim:
             self.text_embedding = nn.Sequential(
@@ -317,9 +316,8 @@ class WanDiT(nn.Module):
         tables = [rope_table(grid, head_dim)]
         tokens = []
         for i, reference in enumerate(references):
-            tokens.append(
-                self.patch_embedding(reference).expand(shape[0], -1, -1)
-            )  # (B, h'w'/4, D)
+            embedded = self.patch_embedding(reference)  # (B or 1, R of this one, D)
+            tokens.append(embedded.expand(shape[0], -1, -1))
             frame = grid[0] + i  # one more after the last
             tables.append(rope_table(self.grid(reference.shape), head_dim, frame))
         cos, sin = (torch.cat(table).to(context.device) for table in zip(*tables))  # (L+R, 1, d/2)
@@ -402,9 +400,8 @@ class WanDiT(nn.Module):
         for name, tensor in self.state_dict().items():
             stored = stored_dtype(name, tensor.dtype, dtype)
             tensors[name] = tensor.detach().to("cpu", stored).contiguous()
-        partial = (
-            folder / "model.safetensors.partial"
-        )  # the tensors may be mapped from the old file
+        # By way of another name: the tensors may be mapped from the file that is there.
+        partial = folder / "model.safetensors.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
         os.replace(partial, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

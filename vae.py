@@ -162,18 +162,15 @@ class Downsample(nn.Module):
 
     def __init__(self, dim, temporal):
         super().__init__()
-        self.resample = nn.Sequential(
-            nn.Identity(), nn.Conv2d(dim, dim, 3)
-        )  # resample.1 officially
+        # The Identity stands for the official padding, so that the convolution is resample.1.
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim, 3))
         self.time_conv = None
         if temporal:  # it runs in steps of two from the last frame before the chunk
             self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), past=0)
 
     def forward(self, x, cache):
         conv = self.resample[1]
-        x = F.pad(
-            x, (0, 0, 0, 1, 0, 1)
-        )  # right and bottom only, so that an even size halves exactly
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))  # right and bottom only: an even size halves exactly
         x = conv2d(x, conv.weight, conv.bias, stride=2)
         if self.time_conv is None or cache is None:
             return x
@@ -396,9 +393,8 @@ class WanVAE(nn.Module):
         for key, name in CONFIG_KEYS.items():
             config[key] = getattr(self.config, name)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        partial = (
-            folder / "model.safetensors.partial"
-        )  # the tensors may be mapped from the old file
+        # By way of another name: the tensors may be mapped from the file that is there.
+        partial = folder / "model.safetensors.partial"
         save_file(tensors, partial)
         os.replace(partial, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
