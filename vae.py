@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -523,7 +524,8 @@ def read_tensors(file):
             with safe_open(file, framework="pt") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         else:
-            tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+            mapped = zipfile.is_zipfile(file)  # old pickles cannot be mapped
+            tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
     except Exception as error:  # pickle, zip and safetensors each have their own classes
         raise ValueError(
             f"{file} is damaged, or no plain tensor file: {str(error)[:200]}"
