@@ -51,7 +51,9 @@ REFERENCES = [picture(16, 24, seed=2), picture(40, 64, seed=3)]
 
 
 @torch.inference_mode()
-def by_hand(model, frames, instruction, references=(), steps=2, guidance=2.0, shift=3.0, seed=0, fps=16.0):
+def by_hand(
+    model, frames, instruction, references=(), steps=2, guidance=2.0, shift=3.0, seed=0, fps=16.0
+):
     """One edit, each branch by itself and nothing shared between steps: what `edit` must be equal to."""
     references = [shrink(image, frames.shape[1] * frames.shape[2]) for image in references]
     prompts = [model.prompt(frames, words, references, fps) for words in (instruction, "")]
@@ -73,7 +75,9 @@ def same(a, b):
     return difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-@pytest.mark.parametrize("frames, references", [(IMAGE, []), (CLIP, []), (IMAGE, REFERENCES), (CLIP, REFERENCES)])
+@pytest.mark.parametrize(
+    "frames, references", [(IMAGE, []), (CLIP, []), (IMAGE, REFERENCES), (CLIP, REFERENCES)]
+)
 def test_edit_is_two_branches_and_the_sampler(model, frames, references):
     """A batch of two in the wrong order, guidance with the wrong sign, or a condition that goes stale between steps."""
     result = model.edit(frames, "make it night", references, seed=5)
@@ -84,8 +88,13 @@ def test_edit_is_two_branches_and_the_sampler(model, frames, references):
 def test_guidance_one_is_a_single_branch(model, monkeypatch):
     """Half the work, and the same numbers as the formula gives for 1."""
     batches, denoise = [], model.dit.denoise
-    monkeypatch.setattr(model.dit, "denoise", lambda z, *rest: batches.append(len(z)) or denoise(z, *rest))
-    assert same(model.edit(IMAGE, "make it night", guidance=1), by_hand(model, IMAGE, "make it night", guidance=1.0))
+    monkeypatch.setattr(
+        model.dit, "denoise", lambda z, *rest: batches.append(len(z)) or denoise(z, *rest)
+    )
+    assert same(
+        model.edit(IMAGE, "make it night", guidance=1),
+        by_hand(model, IMAGE, "make it night", guidance=1.0),
+    )
     assert set(batches) == {1}
     model.edit(IMAGE, "make it night", guidance=1.5)
     assert set(batches) == {1, 2}
@@ -96,14 +105,23 @@ def test_guidance_one_is_a_single_branch(model, monkeypatch):
 def test_offloaded_is_resident(tmp_path, trained, frames, references):
     """Weights that are read block by block edit alike, byte for byte, and LoRA on layers without weights is not lost."""
     folder = make_tiny_weights(tmp_path, trained=trained)
-    half = Qwen2_5_VL.from_pretrained(folder / "mllm", dtype=torch.bfloat16)       # so that reading it as float32 is a cast
+    half = Qwen2_5_VL.from_pretrained(
+        folder / "mllm", dtype=torch.bfloat16
+    )  # so that reading it as float32 is a cast
     half.save_pretrained(folder / "mllm")
-    resident, offloaded = (InstructX.from_pretrained(folder, dtype=torch.float32, offload=offload) for offload in (False, True))
-    results = [model.edit(frames, "make it night", references, steps=2) for model in (resident, offloaded)]
+    resident, offloaded = (
+        InstructX.from_pretrained(folder, dtype=torch.float32, offload=offload)
+        for offload in (False, True)
+    )
+    results = [
+        model.edit(frames, "make it night", references, steps=2) for model in (resident, offloaded)
+    ]
     assert np.array_equal(*results)
     blocks = [*offloaded.dit.blocks, *offloaded.mllm.model.layers, *offloaded.mllm.visual.blocks]
     lora = {name for name, _ in offloaded.mllm.named_parameters() if "lora_" in name}
-    assert all(p.is_meta for block in blocks for name, p in block.named_parameters() if "lora_" not in name)
+    assert all(
+        p.is_meta for block in blocks for name, p in block.named_parameters() if "lora_" not in name
+    )
     assert lora and not any(offloaded.mllm.get_parameter(name).is_meta for name in lora)
 
 
@@ -117,7 +135,10 @@ def test_offloaded_dit_reads_every_layout(tmp_path, dtype):
     for folder in ("shards", "pickle"):
         (tmp_path / folder).mkdir()
         shutil.copy(tmp_path / "one" / "config.json", tmp_path / folder)
-    files = {"a.safetensors": list(tensors)[::2], "b.safetensors": list(tensors)[1::2]}     # each block lies in both
+    files = {
+        "a.safetensors": list(tensors)[::2],
+        "b.safetensors": list(tensors)[1::2],
+    }  # each block lies in both
     for file, names in files.items():
         save_file({name: tensors[name] for name in names}, tmp_path / "shards" / file)
     index = {"weight_map": {name: file for file, names in files.items() for name in names}}
@@ -125,9 +146,14 @@ def test_offloaded_dit_reads_every_layout(tmp_path, dtype):
     torch.save(tensors, tmp_path / "pickle" / "model.pth")
     z, context = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 7, 48)
     for folder in ("one", "shards", "pickle"):
-        resident, offloaded = (WanDiT.from_pretrained(tmp_path / folder, dtype=dtype, offload=offload) for offload in (None, Offload))
+        resident, offloaded = (
+            WanDiT.from_pretrained(tmp_path / folder, dtype=dtype, offload=offload)
+            for offload in (None, Offload)
+        )
         with torch.no_grad():
-            assert torch.equal(*(model(z, torch.tensor([300.0]), context) for model in (resident, offloaded)))
+            assert torch.equal(
+                *(model(z, torch.tensor([300.0]), context) for model in (resident, offloaded))
+            )
         read = offloaded.offload.read(0)
         for name, parameter in resident.blocks[0].named_parameters():
             assert read[name].dtype == parameter.dtype and torch.equal(read[name], parameter), name
@@ -156,7 +182,11 @@ def test_offload_on_a_gpu_waits_for_its_copies_and_for_its_work(monkeypatch):
     copies.synchronize = lambda: events.append("copied")
     work.synchronize = lambda: events.append(("worked", [block.weight.is_meta for block in blocks]))
     made, copying = Mock(return_value=copies), Mock(return_value=contextlib.nullcontext())
-    for name, fake in (("Stream", made), ("stream", copying), ("current_stream", lambda device: work)):
+    for name, fake in (
+        ("Stream", made),
+        ("stream", copying),
+        ("current_stream", lambda device: work),
+    ):
         monkeypatch.setattr(torch.cuda, name, fake)
 
     blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False, device="meta") for _ in range(3))
@@ -164,13 +194,18 @@ def test_offload_on_a_gpu_waits_for_its_copies_and_for_its_work(monkeypatch):
     for walk in range(2):
         for i, block in enumerate(offload):
             assert events.count("copied") > 3 * walk + i and not block.weight.is_meta
-    assert made.call_args_list == [call(torch.device("cuda:1"))] and copying.call_args_list == 6 * [call(copies)]
+    assert made.call_args_list == [call(torch.device("cuda:1"))] and copying.call_args_list == 6 * [
+        call(copies)
+    ]
     worked = [event[1] for event in events if event[0] == "worked"]
-    assert worked == 2 * [[j != i for j in range(3)] for i in range(3)]     # a block lets go of its weights only then
+    assert worked == 2 * [
+        [j != i for j in range(3)] for i in range(3)
+    ]  # a block lets go of its weights only then
 
 
 def test_offload_says_what_cannot_be_read():
     """An error in the reading thread is the error of the edit, not a hang."""
+
     def read(i):
         if i == 2:
             raise ValueError("block 2 is damaged")
@@ -183,13 +218,24 @@ def test_offload_says_what_cannot_be_read():
 
 def test_all_that_an_edit_depends_on(model):
     """Each argument must change the result; the same ones must give it again."""
-    calls = [("make it night",), ("make it day",), ("make it night", REFERENCES[:1]), ("make it night", REFERENCES)]
+    calls = [
+        ("make it night",),
+        ("make it day",),
+        ("make it night", REFERENCES[:1]),
+        ("make it night", REFERENCES),
+    ]
     results = [model.edit(CLIP, *call) for call in calls]
-    results += [model.edit(CLIP, "make it night", **{name: value}) for name, value in
-                (("steps", 3), ("guidance", 4), ("shift", 7), ("seed", 1), ("fps", 2.0))]
-    results += [model.edit(CLIP, "make it night", steps=3, solver="euler")]     # with two steps both solvers are the same
+    results += [
+        model.edit(CLIP, "make it night", **{name: value})
+        for name, value in (("steps", 3), ("guidance", 4), ("shift", 7), ("seed", 1), ("fps", 2.0))
+    ]
+    results += [
+        model.edit(CLIP, "make it night", steps=3, solver="euler")
+    ]  # with two steps both solvers are the same
     assert len({result.tobytes() for result in results}) == len(results)
-    assert np.array_equal(results[0], model.edit(CLIP, "make it night", steps=2, guidance=2, shift=3, seed=0))
+    assert np.array_equal(
+        results[0], model.edit(CLIP, "make it night", steps=2, guidance=2, shift=3, seed=0)
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 33, 47), (1, 16, 16), (2, 17, 40), (7, 40, 23), (5, 32, 48)])
@@ -198,10 +244,10 @@ def test_any_size_in_is_the_same_size_out(model, shape):
     frames = picture(*shape)
     assert model.edit(frames, "x", steps=1).shape == frames.shape
     padded = pad(frames, model.multiple(), model.vae.temporal_stride)
-    assert np.array_equal(padded[:shape[0], :shape[1], :shape[2]], frames)
+    assert np.array_equal(padded[: shape[0], : shape[1], : shape[2]], frames)
     whole = np.concatenate(list(model.decode(model.encode(padded), padded.shape)))
     ours = np.concatenate(list(model.decode(model.encode(frames), frames.shape)))
-    assert np.array_equal(ours, whole[:shape[0], :shape[1], :shape[2]])
+    assert np.array_equal(ours, whole[: shape[0], : shape[1], : shape[2]])
 
 
 def test_pieces_are_the_whole(model):
@@ -224,12 +270,23 @@ def test_progress_tells_every_phase(model):
         assert steps == sorted(steps) and steps[0][0] == 0 and steps[-1][0] == steps[-1][1]
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ({"frames": IMAGE.astype(np.float32)}, "uint8"), ({"frames": IMAGE[0]}, "uint8"), ({"frames": IMAGE[:0]}, "uint8"),
-    ({"references": [IMAGE]}, "uint8"), ({"guidance": 0.5}, "guidance"), ({"guidance": float("nan")}, "guidance"),
-    ({"guidance": float("inf")}, "guidance"), ({"steps": 0}, "steps"), ({"shift": -1.0}, "shift"),
-    ({"solver": "magic"}, "solver"), ({"instruction": "<|image_pad|>"}, "special token"),
-    ({"instruction": None}, "string")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"frames": IMAGE.astype(np.float32)}, "uint8"),
+        ({"frames": IMAGE[0]}, "uint8"),
+        ({"frames": IMAGE[:0]}, "uint8"),
+        ({"references": [IMAGE]}, "uint8"),
+        ({"guidance": 0.5}, "guidance"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"guidance": float("inf")}, "guidance"),
+        ({"steps": 0}, "steps"),
+        ({"shift": -1.0}, "shift"),
+        ({"solver": "magic"}, "solver"),
+        ({"instruction": "<|image_pad|>"}, "special token"),
+        ({"instruction": None}, "string"),
+    ],
+)
 def test_arguments_that_make_no_edit(model, arguments, said):
     """A wrong dtype or a NaN must not come out as a grey picture after minutes."""
     with pytest.raises(ValueError, match=said):
@@ -276,7 +333,9 @@ def test_images_and_clips_have_their_own_queries(model):
             weight.zero_()
             seen[name].append(model.context(prompt, len(frames) > 1))
             weight.copy_(kept)
-    assert [x.shape[1] for x in seen["image_queries"]] == [4] * 3 and seen["video_queries"][0].shape[1] == 6
+    assert [x.shape[1] for x in seen["image_queries"]] == [4] * 3 and seen["video_queries"][
+        0
+    ].shape[1] == 6
     before, no_image, no_video = seen["image_queries"]
     assert not torch.allclose(before, no_image) and torch.equal(before, no_video)
     before, no_image, no_video = seen["video_queries"]
@@ -288,16 +347,18 @@ def test_what_the_mllm_sees_of_a_clip(model):
     assert spread(81, 13).tolist() == [0, 7, 13, 20, 27, 33, 40, 47, 53, 60, 67, 73, 80]
     assert spread(5, 13).tolist() == [0, 1, 2, 3, 4] and spread(1, 13).tolist() == [0]
     clip = np.repeat(picture(1, 24, 40), 9, axis=0)
-    prompt = model.prompt(clip, "x", fps=8.0)                           # mllm_frames is 3: frames 0, 4 and 8
-    assert prompt["video_grid_thw"][0, 0] == 2                          # two frames to a patch, the last one doubled
-    assert prompt["second_per_grid_ts"].tolist() == [2 * 4 / 8.0]       # two frames of half a second
+    prompt = model.prompt(clip, "x", fps=8.0)  # mllm_frames is 3: frames 0, 4 and 8
+    assert prompt["video_grid_thw"][0, 0] == 2  # two frames to a patch, the last one doubled
+    assert prompt["second_per_grid_ts"].tolist() == [2 * 4 / 8.0]  # two frames of half a second
     assert "pixel_values" not in prompt and "pixel_values_videos" not in model.prompt(IMAGE, "x")
 
 
 def test_large_references_are_scaled_down(model, monkeypatch):
     """A 12-megapixel reference of a small source would cost hundreds of times the source's tokens."""
     sizes, encode = [], model.encode
-    monkeypatch.setattr(model, "encode", lambda frames: sizes.append(frames.shape) or encode(frames))
+    monkeypatch.setattr(
+        model, "encode", lambda frames: sizes.append(frames.shape) or encode(frames)
+    )
     model.edit(IMAGE, "x", [picture(480, 200), picture(10, 12)], steps=1)
     assert sizes == [(1, 24, 40, 3), (1, 48, 20, 3), (1, 10, 12, 3)]
 
@@ -310,14 +371,29 @@ def weights_with(folder, change):
     return folder
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda tensors: tensors.pop("connector.mlp.2.bias"), "missing connector.mlp.2.bias"),
-    (lambda tensors: tensors.update(extra=torch.zeros(1)), "unexpected extra"),
-    (lambda tensors: tensors.update({"connector.image_queries": torch.zeros(3, 64)}),
-     r"connector.image_queries is \(3, 64\), should be \(4, 64\)"),
-    (lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)), "missing base_model.*lora_B"),
-    (lambda tensors: tensors.pop("source_embedding.weight"), None),     # a stage 1 checkpoint has none
-    (lambda tensors: tensors.update({"source_embedding.weight": torch.zeros(1)}), "source_embedding.weight is")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda tensors: tensors.pop("connector.mlp.2.bias"), "missing connector.mlp.2.bias"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "unexpected extra"),
+        (
+            lambda tensors: tensors.update({"connector.image_queries": torch.zeros(3, 64)}),
+            r"connector.image_queries is \(3, 64\), should be \(4, 64\)",
+        ),
+        (
+            lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)),
+            "missing base_model.*lora_B",
+        ),
+        (
+            lambda tensors: tensors.pop("source_embedding.weight"),
+            None,
+        ),  # a stage 1 checkpoint has none
+        (
+            lambda tensors: tensors.update({"source_embedding.weight": torch.zeros(1)}),
+            "source_embedding.weight is",
+        ),
+    ],
+)
 def test_own_checkpoint_that_does_not_fit(copy, change, said):
     """What strict=False would leave random or drop in silence."""
     weights_with(copy, change)
@@ -332,20 +408,31 @@ def test_own_checkpoint_that_does_not_fit(copy, change, said):
 def test_weights_are_read_ahead_where_they_fit(tiny_weights, monkeypatch):
     """All weights and nothing else, in the order of their use; and none where the last would push out the first."""
     asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda file, *rest: asked.append((os.readlink(f"/proc/self/fd/{file}"), *rest)))
+    monkeypatch.setattr(
+        os,
+        "posix_fadvise",
+        lambda file, *rest: asked.append((os.readlink(f"/proc/self/fd/{file}"), *rest)),
+    )
     place = locate(tiny_weights)
     connector.read_ahead(place.values())
     files = [file for folder in place.values() for file in sorted(folder.rglob("*.safetensors"))]
-    assert files and asked == [(str(file), start, 2**17, os.POSIX_FADV_WILLNEED) for file in files
-                               for start in range(0, file.stat().st_size, 2**17)]
+    assert files and asked == [
+        (str(file), start, 2**17, os.POSIX_FADV_WILLNEED)
+        for file in files
+        for start in range(0, file.stat().st_size, 2**17)
+    ]
     asked.clear()
     size = sum(file.stat().st_size for file in files)
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}[name])
+    monkeypatch.setattr(
+        os, "sysconf", lambda name: {"SC_PHYS_PAGES": size, "SC_PAGE_SIZE": 1}[name]
+    )
     connector.read_ahead(place.values())
     assert not asked
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what it holds in memory")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="asks Linux what it holds in memory"
+)
 def test_what_is_read_ahead_lies_in_memory(tmp_path):
     """Asked for a whole file in one call, Linux reads its first 128 KB and says nothing of the rest."""
     file = tmp_path / "model.safetensors"
@@ -355,7 +442,10 @@ def test_what_is_read_ahead_lies_in_memory(tmp_path):
         with open(file, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as pages:
             held = (ctypes.c_ubyte * (len(pages) // mmap.PAGESIZE))()
             start = ctypes.c_char.from_buffer(pages)
-            assert ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(pages)), held) == 0
+            assert (
+                ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(pages)), held)
+                == 0
+            )
             del start
             return sum(page & 1 for page in held) / len(held)
 
@@ -397,7 +487,9 @@ def test_saved_and_loaded_edits_the_same(model, copy, dit):
     assert again.trained and again.config == model.config and not again.training
     assert not [file for file in copy.rglob("*") if "partial" in file.name]
     for frames in (IMAGE, CLIP):
-        assert np.array_equal(again.edit(frames, "x", REFERENCES), model.edit(frames, "x", REFERENCES))
+        assert np.array_equal(
+            again.edit(frames, "x", REFERENCES), model.edit(frames, "x", REFERENCES)
+        )
     assert locate(copy)["dit"] == copy / ("instructx/dit" if dit else "dit")
 
 
@@ -407,7 +499,9 @@ def test_trained_dit_replaces_the_released_one(copy):
     with torch.no_grad():
         trained.dit.patch_embedding.bias.add_(1)
     trained.save_pretrained(copy / "instructx", dit=True)
-    assert np.array_equal(InstructX.from_pretrained(copy).edit(IMAGE, "x"), trained.edit(IMAGE, "x"))
+    assert np.array_equal(
+        InstructX.from_pretrained(copy).edit(IMAGE, "x"), trained.edit(IMAGE, "x")
+    )
 
 
 def test_trained_folder_from_elsewhere(copy, tmp_path):
@@ -436,9 +530,19 @@ def test_connector_that_writes_the_width_of_the_dit(tiny_weights, tmp_path):
     shutil.copytree(tiny_weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / "instructx")
     model = InstructX.from_pretrained(tmp_path / "weights")
-    config = InstructXConfig(mllm_dim=64, hidden_dim=32, context_dim=model.dit.config.dim, image_queries=3,
-                             video_queries=5, text_embedding=False, lora_rank=0, steps=1)
-    mllm = Qwen2_5_VL.from_pretrained(tmp_path / "weights" / "mllm")    # without the LoRA of the model above
+    config = InstructXConfig(
+        mllm_dim=64,
+        hidden_dim=32,
+        context_dim=model.dit.config.dim,
+        image_queries=3,
+        video_queries=5,
+        text_embedding=False,
+        lora_rank=0,
+        steps=1,
+    )
+    mllm = Qwen2_5_VL.from_pretrained(
+        tmp_path / "weights" / "mllm"
+    )  # without the LoRA of the model above
     fresh = InstructX.untrained(mllm, model.processor, model.dit, model.vae, config)
     for with_dit in (False, True):
         fresh.save_pretrained(tmp_path / "weights" / "instructx", dit=with_dit)
@@ -454,7 +558,10 @@ def test_official_downloads_side_by_side(copy):
     shutil.move(copy / "vae", copy / "Wan2.1-VAE")
     place = locate(copy)
     assert {name: path.name for name, path in place.items()} == {
-        "mllm": "Qwen2.5-VL-3B-Instruct", "dit": "Wan2.1-T2V-1.3B", "vae": "Wan2.1-VAE"}
+        "mllm": "Qwen2.5-VL-3B-Instruct",
+        "dit": "Wan2.1-T2V-1.3B",
+        "vae": "Wan2.1-VAE",
+    }
     model = InstructX.from_pretrained(copy)
     assert not model.trained and model.edit(IMAGE, "x", steps=1).shape == IMAGE.shape
     shutil.rmtree(copy / "Wan2.1-VAE")
@@ -493,11 +600,21 @@ def test_precision_of_each_part(tiny_weights):
     """The VAE stays in float32, whatever the rest computes in: its rounding would be seen. So does the DiT's modulation."""
     half = InstructX.from_pretrained(tiny_weights, dtype=torch.bfloat16)
     for name, p in half.named_parameters():
-        exact = name.startswith("vae.") or name.startswith("dit.") and FLOAT32.search(name.removeprefix("dit."))
+        exact = (
+            name.startswith("vae.")
+            or name.startswith("dit.")
+            and FLOAT32.search(name.removeprefix("dit."))
+        )
         assert "lora_" in name or p.dtype == (torch.float32 if exact else torch.bfloat16), name
     full = InstructX.from_pretrained(tiny_weights)
-    rounded, exact, other = (m.edit(CLIP, "x", REFERENCES, seed=seed) for m, seed in ((half, 0), (full, 0), (full, 1)))
-    assert 0 < np.abs(rounded.astype(int) - exact).mean() < np.abs(other.astype(int) - exact).mean() / 2
+    rounded, exact, other = (
+        m.edit(CLIP, "x", REFERENCES, seed=seed) for m, seed in ((half, 0), (full, 0), (full, 1))
+    )
+    assert (
+        0
+        < np.abs(rounded.astype(int) - exact).mean()
+        < np.abs(other.astype(int) - exact).mean() / 2
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -507,8 +624,14 @@ def test_released_precisions_together(copy, trained):
     if not trained:
         shutil.rmtree(copy / "instructx")
     mixed = InstructX.from_pretrained(copy)
-    assert mixed.mllm.model.norm.weight.dtype == torch.bfloat16 and mixed.connector.image_queries.dtype == torch.float32
-    result, exact = mixed.edit(CLIP, "x", REFERENCES), InstructX.from_pretrained(copy, dtype=torch.float32).edit(CLIP, "x", REFERENCES)
+    assert (
+        mixed.mllm.model.norm.weight.dtype == torch.bfloat16
+        and mixed.connector.image_queries.dtype == torch.float32
+    )
+    result, exact = (
+        mixed.edit(CLIP, "x", REFERENCES),
+        InstructX.from_pretrained(copy, dtype=torch.float32).edit(CLIP, "x", REFERENCES),
+    )
     assert np.abs(result.astype(int) - exact).mean() < 3
 
 
@@ -524,7 +647,11 @@ def test_saving_that_is_interrupted(model, tmp_path, monkeypatch):
     """The checkpoint before must survive a full disk."""
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr(connector, "save_file", lambda tensors, file, **rest: (Path(file).write_bytes(b"half"), 1 / 0))
+    monkeypatch.setattr(
+        connector,
+        "save_file",
+        lambda tensors, file, **rest: (Path(file).write_bytes(b"half"), 1 / 0),
+    )
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -532,5 +659,9 @@ def test_saving_that_is_interrupted(model, tmp_path, monkeypatch):
 
 def test_run_alone(tiny_weights):
     """`python connector.py FOLDER` is how a reader looks at the parts."""
-    done = subprocess.run([sys.executable, connector.__file__, tiny_weights], capture_output=True, text=True)
-    assert done.returncode == 0 and "context (1, 6, " in done.stdout and "velocity" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, connector.__file__, tiny_weights], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 0 and "context (1, 6, " in done.stdout and "velocity" in done.stdout
+    ), done.stderr

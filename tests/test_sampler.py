@@ -32,7 +32,10 @@ def gaussian(mean, width):
         offset = (z - (1 - sigma) * mean) / (((1 - sigma) * width) ** 2 + sigma**2)
         return sigma * offset - (mean + (1 - sigma) * width**2 * offset)
 
-    return velocity, lambda u, sigma: (1 - sigma) * mean + math.hypot((1 - sigma) * width, sigma) * u
+    return (
+        velocity,
+        lambda u, sigma: (1 - sigma) * mean + math.hypot((1 - sigma) * width, sigma) * u,
+    )
 
 
 # The schedule.
@@ -68,19 +71,32 @@ def test_what_the_schedule_says_of_diffusers():
 
 def unipc(diffusers, shift):
     return diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2, solver_type="bh2")
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        solver_order=2,
+        solver_type="bh2",
+    )
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
-@pytest.mark.parametrize("steps, shift", [(1, 5.0), (2, 3.0), (3, 5.0), (4, 1.0), (20, 3.0), (50, 5.0)])
+@pytest.mark.parametrize(
+    "steps, shift", [(1, 5.0), (2, 3.0), (3, 5.0), (4, 1.0), (20, 3.0), (50, 5.0)]
+)
 @pytest.mark.parametrize("ours", [True, False], ids=["our schedule", "their schedule"])
 def test_whole_trajectory_equals_diffusers(solver, steps, shift, ours):
     """First and last steps have rules of their own, so every point of the way is compared, not just the end."""
     diffusers = pytest.importorskip("diffusers")
-    scheduler = unipc(diffusers, shift) if solver == "unipc" else diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler = (
+        unipc(diffusers, shift)
+        if solver == "unipc"
+        else diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    )
     if ours:
-        even = np.linspace(0.999, 0, steps + 1)[:-1]            # they shift what they are given
-        scheduler.set_timesteps(sigmas=even) if solver == "unipc" else scheduler.set_timesteps(sigmas=list(even))
+        even = np.linspace(0.999, 0, steps + 1)[:-1]  # they shift what they are given
+        scheduler.set_timesteps(sigmas=even) if solver == "unipc" else scheduler.set_timesteps(
+            sigmas=list(even)
+        )
     else:
         scheduler.set_timesteps(steps)
     z = noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(steps))
@@ -91,7 +107,9 @@ def test_whole_trajectory_equals_diffusers(solver, steps, shift, ours):
     expected.append(z)
     way = []
     sample = FlowSampler(steps, shift, solver).sample
-    end = sample(lambda z, t: way.append(z) or bent(z, t), noise, sigmas=None if ours else scheduler.sigmas)
+    end = sample(
+        lambda z, t: way.append(z) or bent(z, t), noise, sigmas=None if ours else scheduler.sigmas
+    )
     assert len(way) == steps
     for found, truth in zip([*way, end], expected):
         assert error(found, truth) < TOLERANCE
@@ -144,7 +162,9 @@ def test_pure_noise_to_start_from(solver):
     """σ = 1 has λ = -inf: no step may turn that into nan, nor lose much."""
     velocity, place = gaussian(mean=0.7, width=0.5)
     u = torch.randn(5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    z = FlowSampler(100, solver=solver).sample(velocity, place(u, 1.0), sigmas=torch.linspace(1, 0, 101))
+    z = FlowSampler(100, solver=solver).sample(
+        velocity, place(u, 1.0), sigmas=torch.linspace(1, 0, 101)
+    )
     assert (z - place(u, 0.0)).abs().max() < (0.001 if solver == "unipc" else 0.05)
 
 
@@ -152,9 +172,13 @@ def test_the_model_is_called_once_a_step():
     """The corrector must not cost a call; t is 1000σ for every sample of the batch, in float32 as the DiT wants it."""
     calls, done = [], []
     sampler = FlowSampler(6, 3.0)
-    z = sampler.sample(lambda z, t: calls.append(t) or bent(z, t), torch.randn(3, 4), progress=done.append)
+    z = sampler.sample(
+        lambda z, t: calls.append(t) or bent(z, t), torch.randn(3, 4), progress=done.append
+    )
     assert z.shape == (3, 4) and done == [1, 2, 3, 4, 5, 6]
-    assert torch.equal(torch.stack(calls), (1000 * sampler.sigmas()[:-1]).float()[:, None].expand(6, 3))
+    assert torch.equal(
+        torch.stack(calls), (1000 * sampler.sigmas()[:-1]).float()[:, None].expand(6, 3)
+    )
 
 
 def test_a_coarse_model_does_not_make_a_coarse_result():
@@ -173,7 +197,7 @@ def test_guidance_is_one_batch():
     def velocity(z, t):
         batches.append(len(z))
         assert torch.equal(t, torch.tensor([3.0, 4.0] * (len(z) // 2)))
-        return z * torch.tensor([2.0, 2.0, -1.0, -1.0])[:len(z), None]
+        return z * torch.tensor([2.0, 2.0, -1.0, -1.0])[: len(z), None]
 
     z, t = torch.randn(2, 3), torch.tensor([3.0, 4.0])
     assert torch.allclose(guided(velocity, 4.0)(z, t), -z + 4 * (2 * z + z))
@@ -195,7 +219,7 @@ def test_noise_and_target_are_one_line():
     step = (sampler.add_noise(x, noise, sigma + 1e-3) - noisy) / 1e-3
     assert torch.allclose(step, sampler.target(x, noise), atol=1e-9)
     back = noisy - sigma.view(3, 1, 1, 1, 1) * sampler.target(x, noise)
-    assert torch.allclose(back, x)                                      # as UniPC finds x
+    assert torch.allclose(back, x)  # as UniPC finds x
 
 
 @pytest.mark.parametrize("uniform", [False, True])
@@ -203,10 +227,19 @@ def test_noise_and_target_are_one_line():
 def test_noise_levels_to_train_on(shift, uniform):
     """Training must shift as sampling does; the share of draws below any level is known in closed form."""
     draw = FlowSampler(shift=shift).draw_sigma(20000, torch.Generator().manual_seed(0), uniform)
-    assert draw.shape == (20000,) and draw.dtype == torch.float32 and 0 <= draw.min() and draw.max() < 1
+    assert (
+        draw.shape == (20000,)
+        and draw.dtype == torch.float32
+        and 0 <= draw.min()
+        and draw.max() < 1
+    )
     for level in (0.1, 0.3, 0.5, 0.7, 0.9, 0.97):
-        before = level / (shift - (shift - 1) * level)                  # the level before the shift
-        share = before if uniform else 0.5 + 0.5 * math.erf(math.log(before / (1 - before)) / math.sqrt(2))
+        before = level / (shift - (shift - 1) * level)  # the level before the shift
+        share = (
+            before
+            if uniform
+            else 0.5 + 0.5 * math.erf(math.log(before / (1 - before)) / math.sqrt(2))
+        )
         assert abs((draw < level).float().mean().item() - share) < 0.012, level
 
 
@@ -219,18 +252,35 @@ def test_noise_levels_follow_their_generator():
 # Mistakes of the user.
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (dict(steps=0), "steps is 0"), (dict(steps=2.5), "steps is 2.5"), (dict(shift=0), "shift is 0"),
-    (dict(shift=-1.0), "shift is -1"), (dict(shift=math.nan), "shift is nan"), (dict(shift=math.inf), "shift is inf"),
-    (dict(solver="heun"), "'heun'.*'unipc' or 'euler'")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (dict(steps=0), "steps is 0"),
+        (dict(steps=2.5), "steps is 2.5"),
+        (dict(shift=0), "shift is 0"),
+        (dict(shift=-1.0), "shift is -1"),
+        (dict(shift=math.nan), "shift is nan"),
+        (dict(shift=math.inf), "shift is inf"),
+        (dict(solver="heun"), "'heun'.*'unipc' or 'euler'"),
+    ],
+)
 def test_settings_that_make_no_schedule(arguments, said):
     """Caught when the sampler is made, not as nan after a minute of encoding."""
     with pytest.raises(ValueError, match=said):
         FlowSampler(**arguments)
 
 
-@pytest.mark.parametrize("sigmas", [
-    [1, 0.5, 0.2, 0.1], [1, 0.5, 0], [1, 0.5, 0.5, 0], [1.5, 1, 0.5, 0], [0.1, 0.5, 0.2, 0], [[1, 0.5, 0.1, 0]]])
+@pytest.mark.parametrize(
+    "sigmas",
+    [
+        [1, 0.5, 0.2, 0.1],
+        [1, 0.5, 0],
+        [1, 0.5, 0.5, 0],
+        [1.5, 1, 0.5, 0],
+        [0.1, 0.5, 0.2, 0],
+        [[1, 0.5, 0.1, 0]],
+    ],
+)
 def test_schedules_that_make_no_way(sigmas):
     """A schedule that rises or stops early gives noise without a word."""
     with pytest.raises(ValueError, match="sigmas are .* 4 numbers that fall"):

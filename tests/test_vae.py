@@ -13,14 +13,28 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vae as module
-from vae import PRESETS, CausalConv3d, Downsample, RMSNorm, Upsample, VAEConfig, WanVAE, in_tiles, official_names
+from vae import (
+    PRESETS,
+    CausalConv3d,
+    Downsample,
+    RMSNorm,
+    Upsample,
+    VAEConfig,
+    WanVAE,
+    in_tiles,
+    official_names,
+)
 
 SHAPES = Path(module.__file__).parent / "weights" / "shapes"
 NARROW = dict(latents_mean=(0.3, -0.2, 0.1, 0.5), latents_std=(1.5, 0.7, 2.0, 1.1), z_dim=4, dim=8)
 CONFIGS = {
     "tiny": PRESETS["tiny"],
-    "stride 4": VAEConfig(**NARROW, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True)),
-    "2 blocks": VAEConfig(**NARROW, dim_mult=(1, 3, 2), num_res_blocks=2, temporal_downsample=(False, True)),
+    "stride 4": VAEConfig(
+        **NARROW, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True)
+    ),
+    "2 blocks": VAEConfig(
+        **NARROW, dim_mult=(1, 3, 2), num_res_blocks=2, temporal_downsample=(False, True)
+    ),
 }
 
 
@@ -52,9 +66,14 @@ def reference(vae):
     diffusers = pytest.importorskip("diffusers")
     c = vae.config
     model = diffusers.AutoencoderKLWan(
-        base_dim=c.dim, z_dim=c.z_dim, dim_mult=list(c.dim_mult), num_res_blocks=c.num_res_blocks,
-        temperal_downsample=list(c.temporal_downsample), latents_mean=list(c.latents_mean),
-        latents_std=list(c.latents_std))
+        base_dim=c.dim,
+        z_dim=c.z_dim,
+        dim_mult=list(c.dim_mult),
+        num_res_blocks=c.num_res_blocks,
+        temperal_downsample=list(c.temporal_downsample),
+        latents_mean=list(c.latents_mean),
+        latents_std=list(c.latents_std),
+    )
     theirs = list(model.state_dict())
     ours = official_names(dict(zip(theirs, theirs)), c)  # official name -> diffusers name
     model.load_state_dict({ours[name]: t for name, t in vae.state_dict().items()})
@@ -68,25 +87,39 @@ def whole(layer, x):
     """x (B, C, T, H, W)"""
     if isinstance(layer, CausalConv3d):
         k = layer.kernel_size
-        return F.conv3d(F.pad(x, (k[2] // 2,) * 2 + (k[1] // 2,) * 2 + (k[0] - 1, 0)), layer.weight, layer.bias)
+        return F.conv3d(
+            F.pad(x, (k[2] // 2,) * 2 + (k[1] // 2,) * 2 + (k[0] - 1, 0)), layer.weight, layer.bias
+        )
     if isinstance(layer, torch.nn.Conv3d):
         return F.conv3d(x, layer.weight, layer.bias)
     if isinstance(layer, RMSNorm):
         return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * layer.gamma.view(-1, 1, 1, 1)
     if isinstance(layer, module.ResidualBlock):
-        return whole_sequence(layer.residual, x) + (x if layer.shortcut is None else whole(layer.shortcut, x))
+        return whole_sequence(layer.residual, x) + (
+            x if layer.shortcut is None else whole(layer.shortcut, x)
+        )
     if isinstance(layer, module.AttentionBlock):
-        return x + torch.stack([whole_attention(layer, frame) for frame in whole(layer.norm, x).unbind(2)], dim=2)
+        return x + torch.stack(
+            [whole_attention(layer, frame) for frame in whole(layer.norm, x).unbind(2)], dim=2
+        )
     if isinstance(layer, Downsample):
         x = whole_frames(F.pad(x, (0, 1, 0, 1)), layer.resample[1], stride=2)
         if layer.time_conv is None or x.shape[2] == 1:
             return x
-        return torch.cat([x[:, :, :1], F.conv3d(x, layer.time_conv.weight, layer.time_conv.bias, stride=(2, 1, 1))], 2)
+        return torch.cat(
+            [
+                x[:, :, :1],
+                F.conv3d(x, layer.time_conv.weight, layer.time_conv.bias, stride=(2, 1, 1)),
+            ],
+            2,
+        )
     if isinstance(layer, Upsample):
         if layer.time_conv is not None and x.shape[2] > 1:
             a, b = whole(layer.time_conv, x[:, :, 1:]).chunk(2, dim=1)
             x = torch.cat([x[:, :, :1], torch.stack([a, b], dim=3).flatten(2, 3)], dim=2)
-        return whole_frames(x.repeat_interleave(2, -1).repeat_interleave(2, -2), layer.resample[1], padding=1)
+        return whole_frames(
+            x.repeat_interleave(2, -1).repeat_interleave(2, -2), layer.resample[1], padding=1
+        )
     return layer(x)
 
 
@@ -97,11 +130,15 @@ def whole_sequence(layers, x):
 
 
 def whole_frames(x, conv, **how):
-    return torch.stack([F.conv2d(frame, conv.weight, conv.bias, **how) for frame in x.unbind(2)], dim=2)
+    return torch.stack(
+        [F.conv2d(frame, conv.weight, conv.bias, **how) for frame in x.unbind(2)], dim=2
+    )
 
 
 def whole_attention(layer, x):
-    q, k, v = F.conv2d(x, layer.to_qkv.weight, layer.to_qkv.bias).flatten(2).chunk(3, dim=1)  # each (B, C, HW)
+    q, k, v = (
+        F.conv2d(x, layer.to_qkv.weight, layer.to_qkv.bias).flatten(2).chunk(3, dim=1)
+    )  # each (B, C, HW)
     weights = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1)
     y = (v @ weights.transpose(1, 2)).view_as(x)
     return F.conv2d(y, layer.proj.weight, layer.proj.bias)
@@ -110,7 +147,9 @@ def whole_attention(layer, x):
 @torch.no_grad()
 def whole_moments(vae, video):
     e = vae.encoder
-    return whole_sequence([e.conv1, *e.downsamples, *e.middle, *e.head, vae.conv1], video).chunk(2, dim=1)
+    return whole_sequence([e.conv1, *e.downsamples, *e.middle, *e.head, vae.conv1], video).chunk(
+        2, dim=1
+    )
 
 
 @torch.no_grad()
@@ -130,7 +169,10 @@ def test_parity(config, B, T, h, w):
         mean, logvar = vae.moments(video)
         assert relative(mean, posterior.mean) < 2e-5
         assert relative(logvar.clamp(-30, 20), posterior.logvar) < 2e-5
-        stats = [torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)]
+        stats = [
+            torch.tensor(values).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        ]
         assert relative(vae.encode(video), (posterior.mean - stats[0]) / stats[1]) < 2e-5
         z = torch.randn_like(mean)
         expected = theirs.decode(z * stats[1] + stats[0]).sample
@@ -173,16 +215,26 @@ def test_memory_is_bounded(monkeypatch):
         real = getattr(F, name)
 
         def spy(x, *args, name=name, real=real, **kwargs):
-            longest[name] = max(longest.get(name, 0), x.shape[2] if name == "conv3d" else x.shape[0])
+            longest[name] = max(
+                longest.get(name, 0), x.shape[2] if name == "conv3d" else x.shape[0]
+            )
             return real(x, *args, **kwargs)
 
         monkeypatch.setattr(F, name, spy)
     real_forward = module.Encoder.forward
-    monkeypatch.setattr(module.Encoder, "forward", lambda self, x, cache: (real_forward(self, x, cache),
-                        kept.append(sum(t.untyped_storage().nbytes() for t in cache.values())))[0])
+    monkeypatch.setattr(
+        module.Encoder,
+        "forward",
+        lambda self, x, cache: (
+            real_forward(self, x, cache),
+            kept.append(sum(t.untyped_storage().nbytes() for t in cache.values())),
+        )[0],
+    )
     z = vae.encode(video_of(PRESETS["tiny"], 1, 41, 2, 2))
     assert longest["conv2d"] == 4 and longest["conv3d"] == 4 + 2
-    assert len(kept) == 11 and kept[1] == kept[-1] <= 2 * kept[0]  # two frames each after the first one
+    assert (
+        len(kept) == 11 and kept[1] == kept[-1] <= 2 * kept[0]
+    )  # two frames each after the first one
     for _ in vae.decode_stream(z):
         pass
     assert longest["conv2d"] == 4 and longest["conv3d"] == 4 + 2
@@ -198,7 +250,9 @@ def test_tiles_join_without_a_seam(H, W, side):
         return F.avg_pool3d(part, (1, 2, 2))
 
     double = lambda part: part.repeat_interleave(2, -2).repeat_interleave(2, -1)
-    assert relative(in_tiles(halve, x, side, 2, lambda n: n // 2), F.avg_pool3d(x, (1, 2, 2))) < 1e-6
+    assert (
+        relative(in_tiles(halve, x, side, 2, lambda n: n // 2), F.avg_pool3d(x, (1, 2, 2))) < 1e-6
+    )
     assert relative(in_tiles(double, x, side, 1, lambda n: n * 2), double(x)) < 1e-6
     assert all(max(size) <= side for size in sizes) and len(sizes) > (max(H, W) > side)
 
@@ -207,13 +261,23 @@ def test_tiles_of_a_vae():
     """One tile is the whole; several are near it, on a VAE that was trained."""
     vae = WanVAE.from_pretrained(SHAPES / "vae")
     video = torch.from_numpy(np.array(Image.open(SHAPES / "example.png").convert("RGB")))
-    video = video.permute(2, 0, 1)[None, :, None].repeat(1, 1, 1, 2, 3) / 127.5 - 1          # (1, 3, 1, 128, 192)
+    video = (
+        video.permute(2, 0, 1)[None, :, None].repeat(1, 1, 1, 2, 3) / 127.5 - 1
+    )  # (1, 3, 1, 128, 192)
     z, whole = vae.encode(video), vae.decode(vae.encode(video))
     vae.tile = 192
     assert relative(vae.encode(video), z) < 1e-6 and relative(vae.decode(z), whole) < 1e-6
     vae.tile = 96
-    assert 1e-4 < relative(vae.encode(video), z) < 0.1 and 1e-4 < relative(vae.decode(z), whole) < 0.1
-    assert vae.decode(z.expand(1, 16, 3, -1, -1)).shape == (1, 3, 1 + 2 * vae.temporal_stride, 128, 192)
+    assert (
+        1e-4 < relative(vae.encode(video), z) < 0.1 and 1e-4 < relative(vae.decode(z), whole) < 0.1
+    )
+    assert vae.decode(z.expand(1, 16, 3, -1, -1)).shape == (
+        1,
+        3,
+        1 + 2 * vae.temporal_stride,
+        128,
+        192,
+    )
 
 
 def test_image_needs_no_cache(monkeypatch):
@@ -279,9 +343,16 @@ def test_bfloat16(tmp_path):
     assert 1e-4 < relative(z, vae.encode(video)) < 0.05
 
 
-@pytest.mark.parametrize("shape, message", [
-    ((1, 3, 4, 16, 16), r"4n \+ 1.*not 4"), ((1, 3, 5, 12, 16), "multiples of 8, not 12 x 16"),
-    ((1, 4, 5, 16, 16), "B, 3, T, H, W"), ((3, 5, 16, 16), "B, 3, T, H, W"), ((1, 3, 0, 16, 16), "B, 3, T, H, W")])
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 3, 4, 16, 16), r"4n \+ 1.*not 4"),
+        ((1, 3, 5, 12, 16), "multiples of 8, not 12 x 16"),
+        ((1, 4, 5, 16, 16), "B, 3, T, H, W"),
+        ((3, 5, 16, 16), "B, 3, T, H, W"),
+        ((1, 3, 0, 16, 16), "B, 3, T, H, W"),
+    ],
+)
 def test_bad_videos(shape, message):
     """A wrong shape must be named, not cropped or crash inside a convolution."""
     with pytest.raises(ValueError, match=message):
@@ -306,9 +377,14 @@ def test_other_bad_inputs():
 
 def test_no_temporal_stride():
     """A config without temporal downsampling takes any number of frames."""
-    vae = random_vae(VAEConfig(**NARROW, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(False,)))
+    vae = random_vae(
+        VAEConfig(**NARROW, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(False,))
+    )
     video = video_of(vae.config, 1, 4, 2, 2)
-    assert vae.encode(video).shape == (1, 4, 4, 2, 2) and vae.decode(vae.encode(video)).shape == video.shape
+    assert (
+        vae.encode(video).shape == (1, 4, 4, 2, 2)
+        and vae.decode(vae.encode(video)).shape == video.shape
+    )
 
 
 def official_tensors():
@@ -319,7 +395,10 @@ def official_tensors():
         shapes[name + ".weight"], shapes[name + ".bias"] = [out, *rest], [out]
 
     def residual(name, a, b):
-        shapes[name + ".residual.0.gamma"], shapes[name + ".residual.3.gamma"] = [a, 1, 1, 1], [b, 1, 1, 1]
+        shapes[name + ".residual.0.gamma"], shapes[name + ".residual.3.gamma"] = (
+            [a, 1, 1, 1],
+            [b, 1, 1, 1],
+        )
         conv(name + ".residual.2", b, a, 3, 3, 3)
         conv(name + ".residual.6", b, b, 3, 3, 3)
         if a != b:
@@ -339,15 +418,35 @@ def official_tensors():
     ends("decoder", 384, 384, 96, (384, 16), (3, 96))
     conv("conv1", 32, 32, 1, 1, 1)
     conv("conv2", 16, 16, 1, 1, 1)
-    for i, (a, b) in {0: (96, 96), 1: (96, 96), 3: (96, 192), 4: (192, 192), 6: (192, 384), 7: (384, 384),
-                      9: (384, 384), 10: (384, 384)}.items():
+    for i, (a, b) in {
+        0: (96, 96),
+        1: (96, 96),
+        3: (96, 192),
+        4: (192, 192),
+        6: (192, 384),
+        7: (384, 384),
+        9: (384, 384),
+        10: (384, 384),
+    }.items():
         residual(f"encoder.downsamples.{i}", a, b)
     for i, width in {2: 96, 5: 192, 8: 384}.items():
         conv(f"encoder.downsamples.{i}.resample.1", width, width, 3, 3)
     conv("encoder.downsamples.5.time_conv", 192, 192, 3, 1, 1)
     conv("encoder.downsamples.8.time_conv", 384, 384, 3, 1, 1)
-    for i, (a, b) in {0: (384, 384), 1: (384, 384), 2: (384, 384), 4: (192, 384), 5: (384, 384), 6: (384, 384),
-                      8: (192, 192), 9: (192, 192), 10: (192, 192), 12: (96, 96), 13: (96, 96), 14: (96, 96)}.items():
+    for i, (a, b) in {
+        0: (384, 384),
+        1: (384, 384),
+        2: (384, 384),
+        4: (192, 384),
+        5: (384, 384),
+        6: (384, 384),
+        8: (192, 192),
+        9: (192, 192),
+        10: (192, 192),
+        12: (96, 96),
+        13: (96, 96),
+        14: (96, 96),
+    }.items():
         residual(f"decoder.upsamples.{i}", a, b)
     for i, width in {3: 384, 7: 384, 11: 192}.items():
         conv(f"decoder.upsamples.{i}.resample.1", width // 2, width, 3, 3)
@@ -367,7 +466,9 @@ def test_official_tensors():
 
 def same(a, b):
     tensors = a.state_dict(), b.state_dict()
-    return tensors[0].keys() == tensors[1].keys() and all(torch.equal(t, tensors[1][n]) for n, t in tensors[0].items())
+    return tensors[0].keys() == tensors[1].keys() and all(
+        torch.equal(t, tensors[1][n]) for n, t in tensors[0].items()
+    )
 
 
 @pytest.fixture
@@ -390,8 +491,12 @@ def test_load_official_pth(folder, tmp_path):
     vae = random_vae(PRESETS["tiny"])
     (folder / "model.safetensors").unlink()
     torch.save(vae.state_dict(), folder / "any.pth")
-    assert same(WanVAE.from_pretrained(folder), vae) and same(WanVAE.from_pretrained(folder / "any.pth"), vae)
-    torch.save(vae.state_dict(), folder / "any.pth", _use_new_zipfile_serialization=False)  # cannot be mapped
+    assert same(WanVAE.from_pretrained(folder), vae) and same(
+        WanVAE.from_pretrained(folder / "any.pth"), vae
+    )
+    torch.save(
+        vae.state_dict(), folder / "any.pth", _use_new_zipfile_serialization=False
+    )  # cannot be mapped
     assert same(WanVAE.from_pretrained(folder), vae)
 
     official = tmp_path / "official"
@@ -400,7 +505,9 @@ def test_load_official_pth(folder, tmp_path):
     torch.save({}, official / "models_t5_umt5-xxl-enc-bf16.pth")
     (official / "config.json").write_text('{"_class_name": "WanModel", "dim": 5120}')
     (official / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(ValueError, match=r"194 missing: .*, \.\.\.; 1 unexpected: x$"):  # so: the default config
+    with pytest.raises(
+        ValueError, match=r"194 missing: .*, \.\.\.; 1 unexpected: x$"
+    ):  # so: the default config
         WanVAE.from_pretrained(official)
 
 
@@ -436,8 +543,11 @@ def test_load_misfits(folder):
     tensors["stray"] = tensors.pop("conv1.bias")
     tensors["conv2.bias"] = torch.zeros(17)
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"1 missing: conv1.bias; 1 unexpected: stray; "
-                                         r"1 misshaped: conv2.bias \[17\] instead of \[16\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 missing: conv1.bias; 1 unexpected: stray; "
+        r"1 misshaped: conv2.bias \[17\] instead of \[16\]",
+    ):
         WanVAE.from_pretrained(folder)
 
 
@@ -465,8 +575,11 @@ class Malicious:
 def test_pickles_cannot_run_code(tmp_path):
     """A .pth is a pickle: opening one from the internet must not run what is inside."""
     for zipped in (True, False):
-        torch.save({"conv1.weight": Malicious(str(tmp_path / "owned"))}, tmp_path / "bad.pth",
-                   _use_new_zipfile_serialization=zipped)
+        torch.save(
+            {"conv1.weight": Malicious(str(tmp_path / "owned"))},
+            tmp_path / "bad.pth",
+            _use_new_zipfile_serialization=zipped,
+        )
         with pytest.raises(ValueError, match="bad.pth is damaged, or not a plain tensor file"):
             WanVAE.from_pretrained(tmp_path / "bad.pth")
     assert not (tmp_path / "owned").exists()
@@ -475,10 +588,16 @@ def test_pickles_cannot_run_code(tmp_path):
         WanVAE.from_pretrained(tmp_path / "bad.pth")
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"is_residual": True}, "is_residual must be false"), ({"attn_scales": [1.0]}, "attn_scales must be"),
-    ({"decoder_base_dim": 256}, "decoder_base_dim must be null"), ({"speed": 9}, "unknown keys speed"),
-    ({"z_dim": 8}, "z_dim = 8")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"is_residual": True}, "is_residual must be false"),
+        ({"attn_scales": [1.0]}, "attn_scales must be"),
+        ({"decoder_base_dim": 256}, "decoder_base_dim must be null"),
+        ({"speed": 9}, "unknown keys speed"),
+        ({"z_dim": 8}, "z_dim = 8"),
+    ],
+)
 def test_bad_configs(folder, change, message):
     """A config of another VAE (Wan2.2's, say) must not be read as this one with its differences ignored."""
     config = json.loads((folder / "config.json").read_text())
@@ -504,7 +623,9 @@ def test_paths(folder, tmp_path):
 
 
 def cli(*args):
-    return subprocess.run([sys.executable, module.__file__, *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, module.__file__, *map(str, args)], capture_output=True, text=True
+    )
 
 
 def test_command_line(folder, tmp_path):
@@ -516,8 +637,13 @@ def test_command_line(folder, tmp_path):
     done = cli(tmp_path / "in.png", tmp_path / "out.png", "--weights", folder, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "out.png").size == (21, 33)
-    assert "1 x 33 x 21 pixels -> latents 16 x 1 x 5 x 3: 8.7 times fewer" in done.stdout and "PSNR" in done.stdout
-    bad = cli(tmp_path / "nothing.png", tmp_path / "out.png", "--weights", folder, "--device", "cpu")
+    assert (
+        "1 x 33 x 21 pixels -> latents 16 x 1 x 5 x 3: 8.7 times fewer" in done.stdout
+        and "PSNR" in done.stdout
+    )
+    bad = cli(
+        tmp_path / "nothing.png", tmp_path / "out.png", "--weights", folder, "--device", "cpu"
+    )
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nothing.png" in bad.stderr
 
 
