@@ -25,7 +25,7 @@ def bent(z, t):
 
 
 def gaussian(mean, width):
-    """Data N(mean, width²) in closed form: the velocity, and where the noise u is at any σ on its way."""
+    """Data N(mean, width²) in closed form: the velocity, and the way of noise u to any σ."""
 
     def velocity(z, t):
         sigma = t.double()[:, None] / 1000
@@ -43,7 +43,7 @@ def gaussian(mean, width):
 
 @pytest.mark.parametrize("steps, shift", [(1, 5.0), (7, 1.0), (50, 5.0), (50, 3.0)])
 def test_schedule_is_the_official_one(steps, shift):
-    """Wan's FlowUniPC keeps 1000 alphas for training and takes its ends from them: σ starts at 0.999, not at 1."""
+    """Wan's FlowUniPC takes its ends from 1000 training alphas: σ starts at 0.999, not at 1."""
     alphas = np.linspace(1, 1 / 1000, 1000)[::-1]
     largest, smallest = 1 - alphas[0], 1 - alphas[-1]
     even = np.linspace(largest, smallest, steps + 1)[:-1]
@@ -54,9 +54,12 @@ def test_schedule_is_the_official_one(steps, shift):
 
 
 def test_what_the_schedule_says_of_diffusers():
-    """The comment about their schedules must stay true, or readers will look for the difference in vain."""
+    """What the docstring says of their schedules must stay true."""
     diffusers = pytest.importorskip("diffusers")
-    shift = lambda sigma: 5 * sigma / (1 + 4 * sigma)
+
+    def shift(sigma):
+        return 5 * sigma / (1 + 4 * sigma)
+
     theirs = unipc(diffusers, 5.0)
     theirs.set_timesteps(50)
     expected = shift(np.linspace(1, 0.001, 51)[:-1])
@@ -83,22 +86,16 @@ def unipc(diffusers, shift):
 @pytest.mark.parametrize(
     "steps, shift", [(1, 5.0), (2, 3.0), (3, 5.0), (4, 1.0), (20, 3.0), (50, 5.0)]
 )
-@pytest.mark.parametrize("ours", [True, False], ids=["our schedule", "their schedule"])
-def test_whole_trajectory_equals_diffusers(solver, steps, shift, ours):
-    """First and last steps have rules of their own, so every point of the way is compared, not just the end."""
+def test_whole_trajectory_equals_diffusers(solver, steps, shift):
+    """First and last steps have rules of their own, so every point of the way is compared."""
     diffusers = pytest.importorskip("diffusers")
-    scheduler = (
-        unipc(diffusers, shift)
-        if solver == "unipc"
-        else diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    )
-    if ours:
-        even = np.linspace(0.999, 0, steps + 1)[:-1]  # they shift what they are given
-        scheduler.set_timesteps(sigmas=even) if solver == "unipc" else scheduler.set_timesteps(
-            sigmas=list(even)
-        )
+    even = np.linspace(0.999, 0, steps + 1)[:-1]  # they shift what they are given
+    if solver == "unipc":
+        scheduler = unipc(diffusers, shift)
+        scheduler.set_timesteps(sigmas=even)
     else:
-        scheduler.set_timesteps(steps)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=list(even))
     z = noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(steps))
     expected = []
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
@@ -106,23 +103,29 @@ def test_whole_trajectory_equals_diffusers(solver, steps, shift, ours):
         z = scheduler.step(bent(z, (1000 * sigma).expand(4)), t, z).prev_sample
     expected.append(z)
     way = []
-    sample = FlowSampler(steps, shift, solver).sample
-    end = sample(
-        lambda z, t: way.append(z) or bent(z, t), noise, sigmas=None if ours else scheduler.sigmas
-    )
+
+    def velocity(z, t):
+        way.append(z)
+        return bent(z, t)
+
+    end = FlowSampler(steps, shift, solver).sample(velocity, noise)
     assert len(way) == steps
-    for found, truth in zip([*way, end], expected):
-        assert error(found, truth) < TOLERANCE
+    for point, truth in zip([*way, end], expected):
+        assert error(point, truth) < TOLERANCE
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
 def test_a_single_picture_is_reached_exactly(solver):
-    """If the model always guesses the same x, every solver is exact at every step. float64 shows any slip."""
+    """If the model always guesses the same x, every step is exact. float64 shows any slip."""
     x, noise = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sampler = FlowSampler(9, 3.0, solver)
     sigmas, start = sampler.sigmas(), noise.clone()
     way = []
-    velocity = lambda z, t: way.append(z) or (z - x) / sigmas[len(way) - 1]
+
+    def velocity(z, t):
+        way.append(z)
+        return (z - x) / sigmas[len(way) - 1]
+
     z = sampler.sample(velocity, (1 - sigmas[0]) * x + sigmas[0] * noise)
     assert torch.equal(noise, start)
     assert (z - x).abs().max() < 1e-12
@@ -132,7 +135,7 @@ def test_a_single_picture_is_reached_exactly(solver):
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("unipc", 2)])
 def test_order_of_convergence(solver, order):
-    """Twice the steps must leave a half or a quarter of the error; a solver with a slip in it is of first order."""
+    """Twice the steps leave half or a quarter of the error; a slip makes any solver first order."""
     velocity, place = gaussian(mean=0.7, width=0.5)
     u = torch.tensor([[1.3], [-0.4]], dtype=torch.float64)
     errors = []
@@ -146,7 +149,7 @@ def test_order_of_convergence(solver, order):
 
 
 def test_second_order_needs_fewer_steps():
-    """What UniPC is for: at the steps of an edit it should beat Euler by far, on the schedule that edits use."""
+    """What UniPC is for: at the steps and the schedule of an edit it beats Euler by far."""
     velocity, place = gaussian(mean=0.7, width=0.5)
     u = torch.tensor([[1.3], [-0.4], [0.2]], dtype=torch.float64)
     errors = {}
@@ -157,28 +160,19 @@ def test_second_order_needs_fewer_steps():
     assert errors["unipc"] < errors["euler"] / 8
 
 
-@pytest.mark.parametrize("solver", ["unipc", "euler"])
-def test_pure_noise_to_start_from(solver):
-    """σ = 1 has λ = -inf: no step may turn that into nan, nor lose much."""
-    velocity, place = gaussian(mean=0.7, width=0.5)
-    u = torch.randn(5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    z = FlowSampler(100, solver=solver).sample(
-        velocity, place(u, 1.0), sigmas=torch.linspace(1, 0, 101)
-    )
-    assert (z - place(u, 0.0)).abs().max() < (0.001 if solver == "unipc" else 0.05)
-
-
 def test_the_model_is_called_once_a_step():
-    """The corrector must not cost a call; t is 1000σ for every sample of the batch, in float32 as the DiT wants it."""
-    calls, done = [], []
+    """The corrector must not cost a call; t is 1000σ for each sample, in float32 as for the DiT."""
+    times, done = [], []
     sampler = FlowSampler(6, 3.0)
-    z = sampler.sample(
-        lambda z, t: calls.append(t) or bent(z, t), torch.randn(3, 4), progress=done.append
-    )
+
+    def velocity(z, t):
+        times.append(t)
+        return bent(z, t)
+
+    z = sampler.sample(velocity, torch.randn(3, 4), progress=done.append)
     assert z.shape == (3, 4) and done == [1, 2, 3, 4, 5, 6]
-    assert torch.equal(
-        torch.stack(calls), (1000 * sampler.sigmas()[:-1]).float()[:, None].expand(6, 3)
-    )
+    expected = (1000 * sampler.sigmas()[:-1]).float()[:, None].expand(6, 3)
+    assert torch.equal(torch.stack(times), expected)
 
 
 def test_a_coarse_model_does_not_make_a_coarse_result():
@@ -225,7 +219,7 @@ def test_noise_and_target_are_one_line():
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
 def test_noise_levels_to_train_on(shift, uniform):
-    """Training must shift as sampling does; the share of draws below any level is known in closed form."""
+    """Training must shift as sampling does; the share of draws below a level is known exactly."""
     draw = FlowSampler(shift=shift).draw_sigma(20000, torch.Generator().manual_seed(0), uniform)
     assert (
         draw.shape == (20000,)
@@ -245,7 +239,10 @@ def test_noise_levels_to_train_on(shift, uniform):
 
 def test_noise_levels_follow_their_generator():
     """Resumed training must draw the same levels again."""
-    draw = lambda seed: FlowSampler().draw_sigma(5, torch.Generator().manual_seed(seed))
+
+    def draw(seed):
+        return FlowSampler().draw_sigma(5, torch.Generator().manual_seed(seed))
+
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
@@ -270,29 +267,10 @@ def test_settings_that_make_no_schedule(arguments, said):
         FlowSampler(**arguments)
 
 
-@pytest.mark.parametrize(
-    "sigmas",
-    [
-        [1, 0.5, 0.2, 0.1],
-        [1, 0.5, 0],
-        [1, 0.5, 0.5, 0],
-        [1.5, 1, 0.5, 0],
-        [0.1, 0.5, 0.2, 0],
-        [[1, 0.5, 0.1, 0]],
-    ],
-)
-def test_schedules_that_make_no_way(sigmas):
-    """A schedule that rises or stops early gives noise without a word."""
-    with pytest.raises(ValueError, match="sigmas are .* 4 numbers that fall"):
-        FlowSampler(3).sample(bent, torch.randn(2, 4), sigmas=sigmas)
-
-
-def test_command_line(tmp_path):
+def test_command_line():
     """python sampler.py runs with torch alone, and what it prints shows the orders."""
-    command = [sys.executable, module.__file__, str(tmp_path / "moons.png")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, module.__file__], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     assert [row[0] for row in rows] == ["5", "10", "20", "40", "80"]
     assert all(float(unipc) < float(euler) / 2 for _, euler, unipc in rows)
-    assert (tmp_path / "moons.png").stat().st_size > 1000
