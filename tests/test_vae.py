@@ -186,7 +186,7 @@ def test_parity(config, B, T, h, w):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("T", [1, 5, 17])
 def test_streamed_equals_whole(config, T):
-    """A chunk border that shows: zeros for the past, a past of the wrong length, frame 0 doubled."""
+    """A chunk border that shows: zeros for the past, one of the wrong length, frame 0 doubled."""
     vae = random_vae(config)
     video = video_of(config, 2, T, 2, 3)
     mean, logvar = whole_moments(vae, video)
@@ -261,7 +261,7 @@ def test_time_is_causal():
 
 
 def test_norm_near_zero():
-    """As officially, norms are bounded at 1e-12: black stays black, tiny values become full size."""
+    """As officially, norms are at least 1e-12: black stays black, tiny values become full size."""
     norm = RMSNorm(4)
     assert torch.equal(norm(torch.zeros(1, 1, 1, 1, 4)), torch.zeros(1, 1, 1, 1, 4))
     assert torch.allclose(norm(torch.full((1, 1, 1, 1, 4), 1e-8)), torch.ones(4))
