@@ -456,17 +456,18 @@ def check_shapes(dit, context, shape, source, references):
     B, C, *size = shape
     patch = dit.config.patch_size
     width = dit.config.dim if isinstance(dit.text_embedding, nn.Identity) else dit.config.text_dim
-    if C != dit.config.in_dim or any(length % p or not length for length, p in zip(size, patch)):
+    cut = len(size) == 3 and all(length and not length % p for length, p in zip(size, patch))
+    if C != dit.config.in_dim or not cut:
         raise ValueError(
             f"z is {tuple(shape)}, not (B, {dit.config.in_dim}, F, h, w) in patches {patch}"
         )
-    if context.shape[0] != B or context.shape[-1] != width:
+    if context.ndim != 3 or context.shape[0] != B or context.shape[2] != width:
         raise ValueError(f"context is {tuple(context.shape)}, not ({B}, Q, {width})")
     if source is not None and tuple(source.shape) not in (tuple(shape), (1, C, *size)):
         raise ValueError(f"source is {tuple(source.shape)}, not like z, {tuple(shape)}")
     for z in references:
-        sides = any(length % p for length, p in zip(z.shape[3:], patch[1:]))
-        if z.ndim != 5 or z.shape[0] not in (1, B) or z.shape[1:3] != (C, patch[0]) or sides:
+        cut = all(length and not length % p for length, p in zip(z.shape[3:], patch[1:]))
+        if z.ndim != 5 or z.shape[0] not in (1, B) or z.shape[1:3] != (C, patch[0]) or not cut:
             raise ValueError(
                 f"a reference is {tuple(z.shape)}, not one frame ({B} or 1, {C}, 1, h, w)"
             )
