@@ -74,6 +74,8 @@ class Qwen2_5_VLConfig:
     tie_word_embeddings: bool = True
     image_token_id: int = 151655
     video_token_id: int = 151656
+    vision_start_token_id: int = 151652  # not used here; other programs need both in config.json
+    vision_end_token_id: int = 151653
     vision_config: VisionConfig = field(default_factory=VisionConfig)
 
     def __post_init__(self):
@@ -83,6 +85,15 @@ class Qwen2_5_VLConfig:
     @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, raw):
+        """Reads the hub's config.json, and the nested one of newer exports. ValueError."""
+        return config_from_dict(raw)
+
+    def to_dict(self):
+        """The hub's config.json."""
+        return config_to_dict(self)
 
 
 PRESETS = {
@@ -927,11 +938,7 @@ def save_model(model, folder):
     partial = folder / "model.safetensors.partial"  # the tensors may be mapped from the old file
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
-    config = asdict(model.config)
-    config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}
-    config |= {"model_type": "qwen2_5_vl", "hidden_act": "silu"}
-    config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 
 BLOCKS = ("visual.blocks.", "model.layers.")
@@ -1003,13 +1010,21 @@ def read_config(path):
     if not file.exists():
         return PRESETS["3B"]
     try:
-        return config_from_dict(read_json(file))
+        return Qwen2_5_VLConfig.from_dict(read_json(file))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
+def config_to_dict(config):
+    """See Qwen2_5_VLConfig.to_dict."""
+    raw = asdict(config)
+    raw["rope_scaling"] = {"type": "mrope", "mrope_section": list(raw.pop("mrope_section"))}
+    raw |= {"model_type": "qwen2_5_vl", "hidden_act": "silu"}
+    return raw | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+
+
 def config_from_dict(raw):
-    """Reads the hub's flat layout and the nested one of newer exports.
+    """See Qwen2_5_VLConfig.from_dict.
 
     ValueError for rotary embeddings or attention that this model does not have.
     """
