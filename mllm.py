@@ -55,7 +55,15 @@ class VisionConfig:
     window_size: int = 112  # pixels
     fullatt_block_indexes: tuple = (7, 15, 23, 31)
     out_hidden_size: int = 2048
-    tokens_per_second: float = 2  # M-RoPE steps per second of video
+    tokens_per_second: float = 2.0  # M-RoPE steps per second of video
+
+    def __post_init__(self):
+        if self.num_heads < 1 or self.hidden_size % (4 * self.num_heads):
+            raise ValueError(f"vision hidden_size {self.hidden_size}: not 4 * num_heads * n")
+        if self.window_size < self.spatial_merge_size * self.patch_size:
+            raise ValueError(
+                f"window_size {self.window_size} holds no {self.patch_size}-px patches"
+            )
 
 
 @dataclass(frozen=True)
@@ -1047,8 +1055,13 @@ def config_fields(cls, raw):
     values = {}
     for entry in fields(cls):
         value = raw.get(entry.name)
-        if value is not None and entry.name != "vision_config":
-            values[entry.name] = tuple(value) if isinstance(value, list) else value
+        if value is None or entry.name == "vision_config":
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        allowed = (int, float) if isinstance(entry.default, float) else type(entry.default)
+        if not isinstance(value, allowed):
+            raise ValueError(f"{entry.name} is {value!r}, not like {entry.default!r}")
+        values[entry.name] = value
     return values
 
 
@@ -1081,22 +1094,28 @@ PROCESSOR_SETTINGS = (
 def load_processor(cls, folder):
     """See Processor.from_pretrained."""
     folder = Path(folder)
-    for name in ("tokenizer.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; it comes with Qwen2.5-VL")
+    settings_file = folder / "preprocessor_config.json"
+    newer = folder / "processor_config.json"  # newer exports write this one instead
+    if newer.is_file() and not settings_file.is_file():
+        settings_file = newer
+    for file in (folder / "tokenizer.json", settings_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; it comes with Qwen2.5-VL")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from None
-    raw = read_json(folder / "preprocessor_config.json")
-    size = raw.get("size") or {}  # newer exports keep the bounds here
+    raw = read_json(settings_file)
     try:
-        raw.setdefault("min_pixels", size.get("shortest_edge"))
-        raw.setdefault("max_pixels", size.get("longest_edge"))
+        raw = raw.get("image_processor", raw)
+        size = raw.get("size") or {}  # newer exports keep the bounds here
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if raw.get(name) is None:
+                raw[name] = size.get(edge)
         settings = {name: raw[name] for name in PROCESSOR_SETTINGS if raw.get(name) is not None}
         return cls(tokenizer, **settings)
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'preprocessor_config.json'}: {error}") from None
+        raise ValueError(f"{settings_file}: {error}") from None
 
 
 def save_processor(processor, folder):
