@@ -169,10 +169,9 @@ class InstructX(nn.Module):
         report("encode", len(latents), len(latents))
 
         report("denoise", 0, steps)
-        z = self.sample(
-            context, source.shape, source, references, steps, guidance, seed, progress
-        )  #                                                                    (1, 16, F, h, w)
-        check_finite(z, "result")
+        latents = source, references
+        z = self.sample(context, source.shape, *latents, steps, guidance, seed, progress)
+        check_finite(z, "result")  #                                            (1, 16, F, h, w)
 
         report("decode", 0, len(frames))
         pieces, done = [], 0
@@ -374,9 +373,8 @@ class InstructX(nn.Module):
         tensors = {f"connector.{name}": t for name, t in self.connector.state_dict().items()}
         tensors |= lora_state_dict(self.mllm)
         tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
-        partial_file = (
-            folder / "model.safetensors.partial"
-        )  # the tensors may be mapped from the old
+        # By way of another name: the tensors may be mapped from the file that is there.
+        partial_file = folder / "model.safetensors.partial"
         save_file(tensors, partial_file, metadata={"format": "pt"})
         os.replace(partial_file, folder / "model.safetensors")
         config = {"_class_name": "InstructX", **asdict(self.config)}

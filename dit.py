@@ -102,9 +102,8 @@ class RMSNorm(nn.RMSNorm):
 def patchify(z, patch):
     """(B, C, F, h, w) -> (B, L, C*p*q*r): patches of p frames, q rows, r columns, raster order."""
     p, q, r = patch
-    z = (
-        z.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))
-    )  # (B, C, f, p, h, q, w, r)
+    z = z.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))
+    # z is (B, C, f, p, h, q, w, r) now.
     return z.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
@@ -179,7 +178,7 @@ def attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """Self-attention where `context` is x itself, else cross-attention."""
+    """Cross-attention to a context or, without one, self-attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -191,12 +190,13 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x, context, rope=None):
+    def forward(self, x, context=None, rope=None):
         """x (B, L, D), context (B, M, D), rope: cos and sin -> (B, L, D) in the weights' dtype."""
-        v = self.heads(self.v(context))  # (B, M, K, d)
-        q = self.heads(self.norm_q(self.q(x)))  # (B, L, K, d), float32
+        context = x if context is None else context
+        v = self.heads(self.v(context))  #                             (B, M, K, d)
+        q = self.heads(self.norm_q(self.q(x)))  #                      (B, L, K, d), float32
         q = (rotate(q, *rope) if rope else q).type_as(v)
-        k = self.heads(self.norm_k(self.k(context)))  # (B, M, K, d), float32
+        k = self.heads(self.norm_k(self.k(context)))  #                (B, M, K, d), float32
         k = (rotate(k, *rope) if rope else k).type_as(v)
         return self.o(attention(q, k, v))
 
@@ -229,8 +229,7 @@ class Block(nn.Module):
         """x (B, L+R, D) and e (B, 6, D) float32, context (B, Q, D) -> (B, L+R, D) float32."""
         modulation = (self.modulation.float() + e).chunk(6, dim=1)  # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        y = modulate(self.norm1(x), shift1, scale1)
-        x = x + gate1 * self.self_attn(y, y, (cos, sin))
+        x = x + gate1 * self.self_attn(modulate(self.norm1(x), shift1, scale1), rope=(cos, sin))
         x = x + self.cross_attn(self.norm3(x), context)
         return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2))
 
@@ -271,9 +270,9 @@ class WanDiT(nn.Module):
         self.config = config
         D = config.dim
         self.patch_embedding = PatchEmbedding(config)
-        self.source_embedding = (
-            PatchEmbedding(config, bias=False) if config.source_embedding else None
-        )
+        self.source_embedding = None
+        if config.source_embedding:
+            self.source_embedding = PatchEmbedding(config, bias=False)
         self.text_embedding = nn.Identity()
         if config.text_dim:
             self.text_embedding = nn.Sequential(
@@ -322,9 +321,8 @@ class WanDiT(nn.Module):
         tables = [rope_table(grid, head_dim)]
         tokens = []
         for i, reference in enumerate(references):
-            tokens.append(
-                self.patch_embedding(reference).expand(shape[0], -1, -1)
-            )  # (B, h'w'/4, D)
+            embedded = self.patch_embedding(reference)  # (B or 1, R of this one, D)
+            tokens.append(embedded.expand(shape[0], -1, -1))
             frame = grid[0] + i  # one more after the last
             tables.append(rope_table(self.grid(reference.shape), head_dim, frame))
         cos, sin = (torch.cat(table).to(context.device) for table in zip(*tables))  # (L+R, 1, d/2)
@@ -407,9 +405,8 @@ class WanDiT(nn.Module):
         for name, tensor in self.state_dict().items():
             stored = stored_dtype(name, tensor.dtype, dtype)
             tensors[name] = tensor.detach().to("cpu", stored).contiguous()
-        partial = (
-            folder / "model.safetensors.partial"
-        )  # the tensors may be mapped from the old file
+        # By way of another name: the tensors may be mapped from the file that is there.
+        partial = folder / "model.safetensors.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
         os.replace(partial, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -509,19 +509,16 @@ class Qwen2_5_VL(nn.Module):
         """
         count = 0 if queries is None else queries.shape[-2]
         mask = None if attention_mask is None else left_padding_mask(attention_mask, count)
-        positions = self.positions(
-            input_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts, count
-        )  #                                                                 (3, B, L + Q)
-        x = self.embed(
-            input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
-        )  #                                                                 (B, L, D)
+        grids = image_grid_thw, video_grid_thw
+        positions = self.positions(input_ids, attention_mask, *grids, second_per_grid_ts, count)
+        x = self.embed(input_ids, pixel_values, pixel_values_videos, *grids)  #  (B, L, D)
         if queries is not None:
-            queries = queries.to(x).expand(len(x), -1, -1)  #                (B, Q, D)
-            x = torch.cat([x, queries], dim=1)  #                            (B, L + Q, D)
-        mask = mask if mask is None else mask.to(x.device)  #                (B, 1, L + Q, L + Q)
-        return self.model(x, positions, mask)  #                             (B, L + Q, D)
+            queries = queries.to(x).expand(len(x), -1, -1)  #                    (B, Q, D)
+            x = torch.cat([x, queries], dim=1)  #                                (B, L + Q, D)
+        mask = mask if mask is None else mask.to(x.device)
+        return self.model(x, positions, mask)  #                                 (B, L + Q, D)
 
-    def embed(self, input_ids, images=None, image_grids=None, videos=None, video_grids=None):
+    def embed(self, input_ids, images=None, videos=None, image_grids=None, video_grids=None):
         """Word embeddings (B, L, D), with those of the pictures in place of their tokens."""
         x = self.words(input_ids)
         for patches, grids, token in (
@@ -590,7 +587,7 @@ class Qwen2_5_VL(nn.Module):
         seconds = pictures.get("second_per_grid_ts")
         positions = self.positions(prompt, None, image_grids, video_grids, seconds)
         images, videos = pictures.get("pixel_values"), pictures.get("pixel_values_videos")
-        x = self.embed(prompt, images, image_grids, videos, video_grids)
+        x = self.embed(prompt, images, videos, image_grids, video_grids)
         answer, cache = [], {}
         while len(answer) < max_new_tokens:
             hidden = self.model(x, positions, cache=cache)[:, -1:]

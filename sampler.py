@@ -168,9 +168,8 @@ def exact_velocity(data, blur):
         sigma = (t.double() / 1000).view(-1, 1)
         variance = ((1 - sigma) * blur).square() + sigma.square()  # (B, 1) of x_σ around a point
         away = z[:, None] - (1 - sigma)[:, None] * data  # (B, N, D)
-        share = (-away.square().sum(-1) / (2 * variance)).softmax(
-            dim=1
-        )  # (B, N) of each point in z
+        share = -away.square().sum(-1) / (2 * variance)  # (B, N) of each point in z
+        share = share.softmax(dim=1)
         offset = (share[:, :, None] * away).sum(dim=1) / variance  # (B, D)
         return sigma * offset - (share @ data + (1 - sigma) * blur**2 * offset)
 

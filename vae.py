@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -92,8 +93,7 @@ class CausalConv3d(nn.Conv3d):
         self.past = past  # how many earlier frames it remembers and puts before a chunk
 
     def forward(self, x, cache):
-        past = cache.get(self) if cache else None
-        seen = x if past is None else torch.cat([past, x], dim=1)
+        seen = torch.cat([cache[self], x], dim=1) if cache and self in cache else x
         if cache is not None and self.past:
             cache[self] = seen[:, -self.past :].clone()  # a view would keep the whole chunk alive
         if self.past and seen.shape[1] == 1:  # zeros before it: only the kernel's last tap counts
@@ -163,18 +163,15 @@ class Downsample(nn.Module):
 
     def __init__(self, dim, temporal):
         super().__init__()
-        self.resample = nn.Sequential(
-            nn.Identity(), nn.Conv2d(dim, dim, 3)
-        )  # resample.1 officially
+        # The Identity stands for the official padding, so that the convolution is resample.1.
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim, 3))
         self.time_conv = None
         if temporal:  # it runs in steps of two from the last frame before the chunk
             self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), past=0)
 
     def forward(self, x, cache):
         conv = self.resample[1]
-        x = F.pad(
-            x, (0, 0, 0, 1, 0, 1)
-        )  # right and bottom only, so that an even size halves exactly
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))  # right and bottom only: an even size halves exactly
         x = conv2d(x, conv.weight, conv.bias, stride=2)
         if self.time_conv is None or cache is None:
             return x
@@ -397,9 +394,8 @@ class WanVAE(nn.Module):
         for key, name in CONFIG_KEYS.items():
             config[key] = getattr(self.config, name)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        partial = (
-            folder / "model.safetensors.partial"
-        )  # the tensors may be mapped from the old file
+        # By way of another name: the tensors may be mapped from the file that is there.
+        partial = folder / "model.safetensors.partial"
         save_file(tensors, partial)
         os.replace(partial, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -528,7 +524,8 @@ def read_tensors(file):
             with safe_open(file, framework="pt") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         else:
-            tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+            mapped = zipfile.is_zipfile(file)  # old pickles cannot be mapped
+            tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
     except Exception as error:  # pickle, zip and safetensors each have their own classes
         raise ValueError(
             f"{file} is damaged, or no plain tensor file: {str(error)[:200]}"
