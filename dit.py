@@ -223,7 +223,7 @@ class Block(nn.Module):
             nn.GELU(approximate="tanh"),
             Linear(config.ffn_dim, config.dim),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(self, x, e, context, cos, sin):
         """x (B, L+R, D) and e (B, 6, D) float32, context (B, Q, D) -> (B, L+R, D) float32."""
@@ -241,7 +241,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = Linear32(config.dim, math.prod(config.patch_size) * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x, e):
         """x (B, L, D), e (B, D): the time embedding itself, where blocks get its projection."""
