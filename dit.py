@@ -136,12 +136,17 @@ def modulate(x, shift, scale):
 def sinusoids(t, width):
     """t (B,) -> (B, width) float32: cosines, then sines.
 
-    float32 would keep few digits of angles up to 1000, so this is float64. It runs on the CPU,
-    because some devices have no float64.
+    float32 keeps few digits of an angle of 1000, and some devices have no float64. So angles are
+    counted in turns, whose whole part is dropped from a product that is still exact.
     """
-    frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
-    angles = t.cpu().double()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float().to(t.device)
+    turns = 10000.0 ** (-torch.arange(width // 2).double() / (width // 2)) / (2 * math.pi)
+    coarse = (turns * 2**13).round() / 2**13  # few bits, so that whole numbers times it are exact
+    turns, coarse, fine = (x.float().to(t.device) for x in (turns, coarse, turns - coarse))
+    t = t.float()[:, None]
+    whole, rest = t.round(), t - t.round()
+    product = whole * coarse
+    angles = 2 * math.pi * (product - product.round() + whole * fine + rest * turns)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def rope_table(grid, head_dim, first_frame=0):
@@ -218,7 +223,7 @@ class Block(nn.Module):
             nn.GELU(approximate="tanh"),
             Linear(config.ffn_dim, config.dim),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(self, x, e, context, cos, sin):
         """x (B, L+R, D) and e (B, 6, D) float32, context (B, Q, D) -> (B, L+R, D) float32."""
@@ -236,7 +241,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = Linear32(config.dim, math.prod(config.patch_size) * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x, e):
         """x (B, L, D), e (B, D): the time embedding itself, where blocks get its projection."""
