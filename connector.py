@@ -76,14 +76,17 @@ class Connector(nn.Module):
         D = config.mllm_dim
         self.image_queries = nn.Parameter(torch.empty(config.image_queries, D))
         self.video_queries = nn.Parameter(torch.empty(config.video_queries, D))
-        for queries in (self.image_queries, self.video_queries):
-            # Truncated at 100 standard deviations: normal_ takes a second on the meta device.
-            nn.init.trunc_normal_(queries, std=0.02)
         self.mlp = nn.Sequential(
             nn.Linear(config.mllm_dim, config.hidden_dim),
             nn.GELU(approximate="tanh"),
             nn.Linear(config.hidden_dim, config.context_dim),
         )
+
+    def initialize(self):
+        """The start of stage 1: queries as N(0, 0.02), the MLP as PyTorch starts it."""
+        nn.init.normal_(self.image_queries, std=0.02)
+        nn.init.normal_(self.video_queries, std=0.02)
+        return self
 
     def queries(self, is_video):
         """(Q, D): what the MLLM is given after the last token of the prompt."""
@@ -339,7 +342,7 @@ class InstructX(nn.Module):
         weight = dit.patch_embedding.weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            connector = Connector(config).to(weight.device, weight.dtype)
+            connector = Connector(config).initialize().to(weight.device, weight.dtype)
             if config.lora_rank:
                 add_lora(mllm, config.lora_rank, config.lora_alpha)
         return cls(config, mllm, processor, connector, dit, vae, trained=False)

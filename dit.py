@@ -134,19 +134,23 @@ def modulate(x, shift, scale):
 
 
 def sinusoids(t, width):
-    """t (B,) -> (B, width) float32: cosines, then sines.
+    """t (B,) -> (B, width) float32: cosines, then sines of t / 10000^(i / half).
 
     float32 keeps few digits of an angle of 1000, and some devices have no float64. So angles are
-    counted in turns, whose whole part is dropped from a product that is still exact.
+    counted in turns: t times the leading 13 bits of a frequency is exact, and its whole turns drop
+    out before the rest is added.
     """
-    turns = 10000.0 ** (-torch.arange(width // 2).double() / (width // 2)) / (2 * math.pi)
-    coarse = (turns * 2**13).round() / 2**13  # few bits, so that whole numbers times it are exact
-    turns, coarse, fine = (x.float().to(t.device) for x in (turns, coarse, turns - coarse))
+    half = width // 2
+    frequencies = 10000.0 ** (-torch.arange(half).double() / half) / (2 * math.pi)  # turns per t
+    leading = (frequencies * 2**13).round() / 2**13
+    frequencies, leading, trailing = (
+        x.float().to(t.device) for x in (frequencies, leading, frequencies - leading)
+    )
     t = t.float()[:, None]
-    whole, rest = t.round(), t - t.round()
-    product = whole * coarse
-    angles = 2 * math.pi * (product - product.round() + whole * fine + rest * turns)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    whole, fraction = t.round(), t - t.round()
+    turns = whole * leading
+    turns = turns - turns.round() + whole * trailing + fraction * frequencies
+    return torch.cat([(2 * math.pi * turns).cos(), (2 * math.pi * turns).sin()], dim=1)
 
 
 def rope_table(grid, head_dim, first_frame=0):
