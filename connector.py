@@ -294,7 +294,6 @@ class InstructX(nn.Module):
         guidance = self.config.guidance if guidance is None else guidance
         steps = self.config.steps if steps is None else steps
         context = context[:1] if guidance == 1 else context
-        context = context[:1] if guidance == 1 else context
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         batch = (len(context), *shape[1:])
         condition = self.dit.condition(context, batch, source, references)  # the same in all steps

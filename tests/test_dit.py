@@ -216,7 +216,7 @@ def test_equals_plain_formulas(case):
 
 
 def test_rotation_equals_the_complex_one_at_full_size():
-    """float32 angles lose the far rows of a video; pairs are neighbours; time has 44 of 128 channels."""
+    """float32 angles lose the far rows; pairs are neighbours; time has 44 of 128 channels."""
     grid, d = (21, 6, 52), 128
     cos, sin = rope_table(grid, d, first_frame=3)
     assert cos.shape == (21 * 6 * 52, 1, 64) and cos.dtype == torch.float32
@@ -356,9 +356,9 @@ def expand(manifest):
 def test_full_size_has_exactly_the_released_tensors(preset, heads):
     """Names and shapes of the official files, and of the diffusers ones after renaming."""
     with torch.device("meta"):
-        found = {name: list(t.shape) for name, t in WanDiT(PRESETS[preset]).state_dict().items()}
-    assert found == expand(MANIFESTS[preset])
-    assert sum(map(math.prod, found.values())) == MANIFESTS[preset]["parameters"]
+        shapes = {name: list(t.shape) for name, t in WanDiT(PRESETS[preset]).state_dict().items()}
+    assert shapes == expand(MANIFESTS[preset])
+    assert sum(map(math.prod, shapes.values())) == MANIFESTS[preset]["parameters"]
     diffusers, config = pytest.importorskip("diffusers"), PRESETS[preset]
     with torch.device("meta"):
         theirs = diffusers.WanTransformer3DModel(
@@ -367,7 +367,7 @@ def test_full_size_has_exactly_the_released_tensors(preset, heads):
             ffn_dim=config.ffn_dim,
             num_layers=config.num_layers,
         )
-    assert {official_name(name): list(t.shape) for name, t in theirs.state_dict().items()} == found
+    assert {official_name(name): list(t.shape) for name, t in theirs.state_dict().items()} == shapes
 
 
 # Sources, and the embedding of their own.

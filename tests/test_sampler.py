@@ -48,9 +48,9 @@ def test_schedule_is_the_official_one(steps, shift):
     largest, smallest = 1 - alphas[0], 1 - alphas[-1]
     even = np.linspace(largest, smallest, steps + 1)[:-1]
     expected = np.append(shift * even / (1 + (shift - 1) * even), 0)
-    found = FlowSampler(steps, shift).sigmas()
-    assert found.dtype == torch.float64 and np.abs(found.numpy() - expected).max() < 1e-12
-    assert found[-1] == 0 and (found.diff() < 0).all()
+    sigmas = FlowSampler(steps, shift).sigmas()
+    assert sigmas.dtype == torch.float64 and np.abs(sigmas.numpy() - expected).max() < 1e-12
+    assert sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
 
 def test_what_the_schedule_says_of_diffusers():
@@ -144,7 +144,7 @@ def test_order_of_convergence(solver, order):
         z = sampler.sample(velocity, place(u, sampler.sigmas()[0].item()))
         errors.append((z - place(u, 0.0)).abs().max().item())
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
-    assert all(abs(found - order) < 0.15 for found in orders), (errors, orders)
+    assert all(abs(measured - order) < 0.15 for measured in orders), (errors, orders)
     assert solver == "euler" or errors[0] < 0.002
 
 

@@ -27,7 +27,6 @@ from vae import (
     to_video,
 )
 
-
 NARROW = dict(latents_mean=(0.3, -0.2, 0.1, 0.5), latents_std=(1.5, 0.7, 2.0, 1.1), z_dim=4, dim=8)
 CONFIGS = {
     "tiny": PRESETS["tiny"],
