@@ -372,11 +372,11 @@ class InstructX(nn.Module):
         check_configs(folders)
         dit_blocks = not offload and quantize is None
         mllm = Qwen2_5_VL.from_pretrained(
-            folders["mllm"], device, dtype, blocks=not offload, config=folders["mllm_config"]
+            folders["mllm"], device, dtype, blocks=not offload, config=folders.get("mllm_config")
         )
         dit = WanDiT.from_pretrained(folders["dit"], device, dtype, blocks=dit_blocks)
         vae = WanVAE.from_pretrained(folders["vae"], device)
-        processor = Processor.from_pretrained(folders["processor"])
+        processor = Processor.from_pretrained(folders.get("processor", folders["mllm"]))
         kiwi_file = folders["mllm"] / KIWI_FILE
         if "instructx" in folders:
             config = read_config(folders["instructx"] / "config.json")
@@ -601,7 +601,7 @@ def read_config(file):
 
 def check_configs(folders):
     """Raises ValueError for wrong values in the config.json of MLLM, DiT and VAE."""
-    mllm_config = mllm_module.read_config(folders["mllm"], folders["mllm_config"])
+    mllm_config = mllm_module.read_config(folders["mllm"], folders.get("mllm_config"))
     vae_file = vae_module.checkpoint_file(folders["vae"])
     check_types(mllm_config, folders["mllm"])
     check_types(mllm_config.vision_config, folders["mllm"])
@@ -682,7 +682,6 @@ def locate(folder, instructx=None):
             raise FileNotFoundError(
                 f"{folder} holds no {model}/ with {name} (see weights/README.md)"
             )
-    folders["processor"], folders["mllm_config"] = folders["mllm"], None
     if (folders["mllm"] / KIWI_FILE).is_file():
         folders["processor"] = folders["mllm"].parent / "processor"
         folders["mllm_config"] = folders["processor"] / "qwen_config.json"
