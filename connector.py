@@ -575,7 +575,6 @@ def offload_blocks(blocks, read, device):
     reader, pending, buffers = ThreadPoolExecutor(1), {}, [{}, {}]
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    @torch.inference_mode(False)  # what is made in an edit could not be filled again by the thread
     def fetch(i, ready):
         buffer = buffers[i % 2]
         with torch.cuda.stream(stream):  # beside the work of the GPU; no effect without one
