@@ -35,7 +35,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, Interpolation
+from av.video.reformatter import ColorRange
 from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -92,19 +92,12 @@ THREADS = 4  # fixed, because x264 and VP9 code differently with another number
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ignore transparency
 
 # Between RGB and YUV FFmpeg is quick by default, and darkens a clip by a level each time.
-EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
 # Colors of a clip are code points of ITU-T H.273: matrix, primaries, transfer.
 BT709, BT601 = (1, 1, 1), (6, 2, 2)
-UNKNOWN, BT2020 = 2, 9
+UNKNOWN, BT2020, FULL_RANGE = 2, 9, 2
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
-SWSCALE_MATRICES = {
-    1: 1,
-    4: 4,
-    5: 5,
-    6: 5,
-    7: 7,
-    9: 9,
-}  # the matrices known here, and swscale's codes
+MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020"}
 
 LEAD_IN = 0.1  # seconds of sound that are kept before the first frame, since decoders need them
 TECHNICAL_TITLES = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration"}
@@ -295,6 +288,7 @@ def read_animation(path, image, limit, size):
     frames, alphas, durations = [], [], []
     icc = image.info.get("icc_profile")
     for frame in itertools.islice(ImageSequence.Iterator(image), limit):
+        frame.load()  # before, WebP tells no duration
         milliseconds = frame.info.get("duration") or 100  # browsers too show 0 as 100
         durations.append(Fraction(milliseconds) / 1000)
         frame, alpha = pixels(to_srgb(frame, icc) if icc else frame)
@@ -392,22 +386,19 @@ def read_clip(path, limit=None, size=None, check=None):
         if check:
             check(path, *size)
         colors, layout = clip_colors(first, track), "rgba" if is_transparent(first) else "rgb24"
-        swscale = SWSCALE_MATRICES[(colors or default_colors(first.width, first.height))[0]]
-        for picture in progressive(itertools.chain([first], pictures), remarks):
+        pictures = itertools.chain([first], pictures)
+        for picture in to_rgb(pictures, layout, colors, remarks):
             if picture.pts is not None:
                 stamps.append(picture.pts * picture.time_base)
             if len(frames) == limit:  # one more frame tells how long the last one is shown
                 break
-            picture = picture.reformat(
-                format=layout, src_colorspace=swscale, interpolation=EXACT, threads=1
-            )
             frame, alpha = pixels(Image.fromarray(turned(picture.to_ndarray(), matrix)))
             frames.append(fit(frame, size))
             if alpha is not None:
                 alphas.append(fit(alpha, size))
-        rates = [track.average_rate, track.guessed_rate, track.base_rate]
+        rates = [track.guessed_rate, track.average_rate, track.base_rate]
         rates = [rate for rate in rates if rate]
-        fps, times = frame_rate(sorted(stamps), len(frames), track.time_base, rates)
+        fps, times = frame_rate(stamps, len(frames), track.time_base, rates)
         bits = max(part.bits for part in first.format.components)
         if colors and colors[2] in HDR_TRANSFERS:
             kept = "the result keeps its label, but has 8 bits per color"
@@ -431,9 +422,12 @@ def read_clip(path, limit=None, size=None, check=None):
 
 def count_frames(path):
     """How many frames a clip shows. Decodes nothing; raises MediaError if its end is missing."""
-    total, end, has_key_frame = 0, 0.0, False
+    total, end, size, has_key_frame = 0, 0.0, 0, False
     with open_clip(path) as (container, track):
         for packet in container.demux():
+            size += max(1, packet.size)
+            if size > 2 * path.stat().st_size + 1_000_000:
+                raise MediaError(f"{path} is damaged: it claims more frames than it has bytes for")
             if not packet.size:
                 continue
             if packet.pts is not None:
@@ -450,7 +444,7 @@ def count_frames(path):
 def decode(container, track):
     """Yields the frames of a clip, av.VideoFrame. Like players it skips what cannot be decoded."""
     decoder, failures = track.codec_context, 0
-    decoder.thread_type = "AUTO"
+    decoder.thread_type = "SLICE"  # whole frames in threads would be lost beside a damaged one
     metadata = {name.lower(): value for name, value in track.metadata.items()}
     if metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
         decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
@@ -490,28 +484,43 @@ def turned(frame, matrix):
     return np.ascontiguousarray(frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def progressive(pictures, remarks):
-    """Yields frames; from the first interlaced one on they are deinterlaced."""
-    graph = None
+def to_rgb(pictures, layout, colors, remarks):
+    """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
+    graph = now = interlaced = None
     for picture in pictures:
-        if picture.interlaced_frame and graph is None:
-            remarks.append("is interlaced; the result is not")
-            graph = av.filter.Graph()
-            source = graph.add_buffer(template=picture, time_base=picture.time_base)
-            deinterlace, sink = graph.add("bwdif", "mode=send_frame"), graph.add("buffersink")
-            graph.link_nodes(source, deinterlace, sink).configure()
-        if graph is None:
-            yield picture
-        else:
-            graph.push(picture)
-            yield from pulled(graph)
-    if graph is not None:
-        graph.push(None)
-        yield from pulled(graph)
+        interlaced = interlaced or picture.interlaced_frame
+        before, now = now, (picture.width, picture.height, picture.format.name, interlaced)
+        if now != before:  # seldom after the first
+            yield from pulled(graph, None) if graph else ()
+            scale = EXACT
+            if not picture.format.is_rgb:
+                matrix = (colors or default_colors(picture.width, picture.height))[0]
+                limits = "full" if picture.color_range == FULL_RANGE else "auto"
+                scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
+            filters = [("scale", scale), ("format", f"pix_fmts={layout}")]
+            if interlaced:
+                filters.insert(0, ("bwdif", "mode=send_frame"))
+            size = picture.width, picture.height
+            graph = filter_graph(size, picture.format.name, picture.time_base, filters)
+        yield from pulled(graph, picture)
+    if interlaced:
+        remarks.append("is interlaced; the result is not")
+    yield from pulled(graph, None)
 
 
-def pulled(graph):
-    """Yields what a filter graph has ready."""
+def filter_graph(size, layout, tick, filters):
+    """FFmpeg's filters [(name, arguments)] in a row."""
+    graph = av.filter.Graph()
+    width, height = size
+    source = graph.add_buffer(width=width, height=height, format=layout, time_base=tick)
+    nodes = [graph.add(name, arguments) for name, arguments in filters]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+def pulled(graph, picture):
+    """Gives a filter graph a frame, or None at the end, and yields what it has ready."""
+    graph.push(picture)
     with contextlib.suppress(av.BlockingIOError, av.EOFError):
         while True:
             yield graph.pull()
@@ -523,7 +532,7 @@ def clip_colors(picture, track):
     matrix, primaries, transfer = context.colorspace, context.color_primaries, context.color_trc
     if picture.format.is_rgb or {matrix, primaries, transfer} <= {0, UNKNOWN}:
         return ()
-    if matrix not in SWSCALE_MATRICES:
+    if matrix not in MATRICES:
         default = default_colors(picture.width, picture.height)[0]
         matrix = BT2020 if primaries == BT2020 else default
     return matrix, primaries, transfer
@@ -538,7 +547,7 @@ def frame_rate(stamps, count, tick, rates):
     """The rate of a clip -> (frames per second, ()), or (their average, times) where it varies.
 
     Args:
-        stamps: sorted seconds of the `count` frames, perhaps of one more; [] where there are none.
+        stamps: seconds of the `count` frames, perhaps of one more; [] where there are none.
         tick: seconds to which they are rounded; Matroska's 1 ms does not tell 29.97 from
             30000/1001. So a rate that agrees with every time stamp is taken for the true one.
         rates: what the file says, most trusted first.
@@ -546,7 +555,7 @@ def frame_rate(stamps, count, tick, rates):
     stated = rates[0] if rates else Fraction(25)
     usual = [Fraction(round(stated)), Fraction(1000 * round(float(stated) * 1.001), 1001)]
     rates = [rate for rate in usual if rate and abs(rate - stated) < 0.0051] + rates
-    if len(stamps) < count or stamps[0] == stamps[-1]:
+    if len(stamps) < count or count == 1 or stamps != sorted(set(stamps)):  # AVI has none to show
         return rates[0] if rates else stated, ()
     times = [stamp - stamps[0] for stamp in stamps]
     rates.append(((len(times) - 1) / times[-1]).limit_denominator(100_000))
@@ -661,6 +670,8 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
     durations = dict(zip(stamps, np.diff(stamps).tolist()))
     if len(set(stamps)) <= length:
         note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
+    if source.aspect and suffix == ".webm":  # PyAV has no way to say it
+        note(f"{suffix} is written with square pixels; those of {source.path} are not")
     layout = "rgba" if transparent else "rgb24"
     try:
         with (
@@ -672,7 +683,7 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                 end = float(stamps[-1] * tick) if source.total > length else math.inf
                 add_other_tracks(container, source, end, note)
             container.start_encoding()
-            convert = to_palette(shape, layout, tick) if suffix == ".gif" else to_encoder(track)
+            graph = to_encoder(track, shape, layout, tick)
             numbers = itertools.count()
 
             def mux(pictures):
@@ -688,10 +699,10 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
                 picture.pts, picture.time_base = stamps[i], tick
                 if stamps[i] not in stamps[:i]:
-                    mux(convert(picture))
+                    mux(pulled(graph, picture))
 
             yield write
-            mux([*convert(None), None])
+            mux([*pulled(graph, None), None])
     except av.FFmpegError as error:
         raise OSError(f"{path} could not be written: {error.strerror}") from None
 
@@ -752,36 +763,23 @@ def add_pictures(container, options, shape, fps, tick, source):
     return track
 
 
-def to_encoder(track):
-    """A function that makes a frame [one that the encoder takes]; None, at the end, makes []."""
-    context = track.codec_context
-    matrix, limited = SWSCALE_MATRICES.get(context.colorspace), context.color_range or None
-
-    def convert(picture):
-        if picture is None:
-            return []
-        reformat = partial(picture.reformat, dst_colorspace=matrix, dst_color_range=limited)
-        return [reformat(format=context.pix_fmt, interpolation=EXACT, threads=1)]
-
-    return convert
-
-
-def to_palette(shape, layout, tick):
-    """The same for GIF. All frames share one palette, so they come at the end."""
+def to_encoder(track, shape, layout, tick):
+    """The filters that make frames what the encoder takes. A GIF gets one palette for all."""
+    context, size = track.codec_context, shape[2:0:-1]
+    if context.pix_fmt != "pal8":
+        scale = EXACT
+        if context.colorspace in MATRICES:
+            scale += f":out_color_matrix={MATRICES[context.colorspace]}:out_range=limited"
+        filters = [("scale", scale), ("format", f"pix_fmts={context.pix_fmt}")]
+        return filter_graph(size, layout, tick, filters)
     graph = av.filter.Graph()
-    size = {"width": shape[2], "height": shape[1]}
-    source = graph.add_buffer(**size, format=layout, time_base=tick)
+    source = graph.add_buffer(width=size[0], height=size[1], format=layout, time_base=tick)
     split, palette, paint = map(graph.add, ("split", "palettegen", "paletteuse"))
     graph.link_nodes(source, split, paint, graph.add("buffersink"))
     split.link_to(palette, 1, 0)
     palette.link_to(paint, 0, 1)
     graph.configure()
-
-    def convert(picture):
-        graph.push(picture)
-        return pulled(graph)
-
-    return convert
+    return graph
 
 
 def add_other_tracks(container, source, end, note):
@@ -797,7 +795,7 @@ def add_other_tracks(container, source, end, note):
         elif original.chapters():
             left_out.append("chapters")
         for track in original.streams:
-            if track.index == pictures.index:
+            if track.index == pictures.index or track.type == "data":
                 continue
             for way in ways_to_carry(track, "libopus" if name == "webm" else "aac"):
                 if fits(name, source, {track.index: way}, end):
