@@ -1,13 +1,15 @@
-"""The flow-matching sampler: how noise becomes a result, and how training makes noise out of results.
+"""The flow-matching sampler: how noise becomes a result, and how training makes noise of results.
 
-One straight line joins data x and noise ε: x_σ = (1-σ)x + σε, and the model learns its direction, v = ε - x (InstructX,
-section 3; Wan2.1, section 4). Sampling walks the line from σ = 1 down to 0. The network is out of sight here: it is a
-`velocity(z, t)` with t = 1000σ, because Wan was trained on timesteps from 0 to 1000.
+One straight line joins data x and noise ε: x_σ = (1-σ)x + σε. The model learns its direction,
+v = ε - x (InstructX, section 3.3; Wan2.1, section 4). Sampling walks the line from σ = 1 down to
+0. The network is out of sight here: it is a `velocity(z, t)` with t = 1000σ, because Wan was
+trained on timesteps from 0 to 1000.
 
-What is unusual: one object serves training and sampling, so both shift σ by the same formula. And UniPC, Wan's
-default solver, is written for this one case (it predicts x, B(h) = e^h - 1, order 2): a page, not 800 lines.
+What is unusual: one object serves training and sampling, so both shift σ by the same formula.
+UniPC, Wan's default solver, is written for this one case (it predicts x, B(h) = e^h - 1, order 2):
+a page, not 800 lines.
 
-    python sampler.py [OUT.png]     # carries Gaussian noise to two moons with an exact velocity; the error by steps
+    python sampler.py     # the error of both solvers by steps, with an exact velocity of two moons
 """
 
 import argparse
@@ -21,8 +23,8 @@ class FlowSampler:
 
     Args:
         steps: calls of the model in one run (with guidance each is a batch of two).
-        shift: s in σ' = sσ / (1 + (s-1)σ). Larger pictures need more noise to lose their layout, so more of the steps:
-            5 for video sizes, 3 for small images.
+        shift: s in σ' = sσ / (1 + (s-1)σ). Larger pictures need more noise to lose their layout,
+            so more of the steps: 5 for video sizes, 3 for small images.
         solver: "unipc", second order, Wan's default; or "euler", first order.
 
     Raises ValueError for values that make no schedule.
@@ -32,34 +34,33 @@ class FlowSampler:
         if not (isinstance(steps, int) and steps > 0):
             raise ValueError(f"steps is {steps}; it should be a whole number of 1 or more")
         if not (math.isfinite(shift) and shift > 0):
-            raise ValueError(f"shift is {shift}; it should be a number above 0, and 1 leaves σ as it is")
+            raise ValueError(f"shift is {shift}; it should be a number above 0; 1 shifts nothing")
         if solver not in ("unipc", "euler"):
             raise ValueError(f"solver is {solver!r}; it should be 'unipc' or 'euler'")
         self.steps, self.shift, self.solver = steps, shift, solver
 
     def shifted(self, sigma):
+        """σ' for σ in [0, 1]."""
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def sigmas(self):
         """(steps + 1,) float64, from almost 1 down to exactly 0.
 
-        As in Wan's own solver: evenly spaced from 0.999 to 0, without that end, then shifted; then 0. diffusers
-        differs: its UniPC spaces from 1 to 0.001, without that end, and its Euler from 1 to the shifted 0.001, with
-        that end. Wan also rounds t down to a whole number for the model; we hand it 1000σ as it is.
+        As in Wan's own solver: evenly spaced from 0.999 to 0, without that end, then shifted; then
+        0. diffusers differs: its UniPC spaces from 1 to 0.001, without that end, and its Euler
+        from 1 to the shifted 0.001, with that end. Wan also rounds t down to a whole number for
+        the model; here t is 1000σ as it is.
         """
         even = torch.linspace(0.999, 0, self.steps + 1, dtype=torch.float64)[:-1]
         return torch.cat([self.shifted(even), torch.zeros(1, dtype=torch.float64)])
 
-    def sample(self, velocity, noise, progress=None, sigmas=None):
+    def sample(self, velocity, noise, progress=None):
         """Walks from `noise` (B, ...), best in float32, to a result of the same shape.
 
-        velocity(z, t) -> v like z, with t (B,) in [0, 1000], float32. `progress(done)` is called after each step.
-        `sigmas` replaces the schedule: steps + 1 numbers that fall from at most 1 to 0, else ValueError.
+        velocity(z, t) -> v like z, with t (B,) in [0, 1000], float32. `progress(steps done)` is
+        called after each step.
         """
-        sigmas = self.sigmas() if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
-        if sigmas.shape != (self.steps + 1,) or sigmas[0] > 1 or sigmas[-1] != 0 or not (sigmas.diff() < 0).all():
-            raise ValueError(f"sigmas are {sigmas.tolist()}; they should be {self.steps + 1} numbers that fall from at "
-                             "most 1 to 0")
+        sigmas = self.sigmas()
         step = UniPC(sigmas) if self.solver == "unipc" else Euler(sigmas)
         z = noise
         for i, sigma in enumerate(sigmas[:-1].tolist()):
@@ -70,9 +71,10 @@ class FlowSampler:
         return z
 
     def draw_sigma(self, count, generator=None, uniform=False):
-        """(count,) noise levels to train on, float32: logit-normal(0, 1) or uniform, then shifted."""
-        draw = torch.rand if uniform else lambda *args, **more: torch.randn(*args, **more).sigmoid()
-        return self.shifted(draw(count, generator=generator))
+        """(count,) noise levels to train on, float32: logit-normal(0, 1) or uniform, shifted."""
+        if uniform:
+            return self.shifted(torch.rand(count, generator=generator))
+        return self.shifted(torch.randn(count, generator=generator).sigmoid())
 
     def add_noise(self, x, noise, sigma):
         """x_σ for x and noise (B, ...) and sigma (B,)."""
@@ -95,20 +97,21 @@ class Euler:
 
 
 class UniPC:
-    """Second-order UniPC (arXiv 2302.04867) for flow matching: a predictor, and a corrector that needs no further call.
+    """Second-order UniPC (arXiv 2302.04867) for flow matching.
 
-    With λ = log((1-σ)/σ) and x = z - σv, the data as the model guesses them, a step from σ to τ is exactly
+    A predictor, and a corrector that needs no further call of the model. With λ = log((1-σ)/σ) and
+    x = z - σv, the data as the model guesses them, a step from σ to τ is exactly
         z_τ = τ/σ z_σ + (1-τ) ∫ e^(λ - λ_τ) x(λ) dλ.
-    So all error comes from not knowing x between the points. Let r run from 0 to 1 over the step; the point before
-    lies at some r < 0. Held constant, x gives Euler's step. The predictor lets it go on changing as between the last
-    two points. Once the model has been called at r = 1, the corrector does the step again, with a parabola through
-    all three.
+    So all error comes from not knowing x between the points. Let r run from 0 to 1 over the step;
+    the point before lies at some r < 0. Held constant, x gives Euler's step. The predictor lets x
+    go on changing as between the last two points. Once the model has been called at r = 1, the
+    corrector repeats the step with a parabola through all three points.
     """
 
     def __init__(self, sigmas):
         self.sigmas, self.last = sigmas.tolist(), len(sigmas) - 2
-        self.lambdas = ((1 - sigmas).log() - sigmas.log()).tolist()     # ±inf at σ = 0 and 1, which does no harm below
-        self.x, self.z = [], None       # x at the last two points, and z where the step set out
+        self.lambdas = ((1 - sigmas).log() - sigmas.log()).tolist()  # ±inf at σ = 0, 1: harmless
+        self.x, self.z = [], None  # x at the last two points, and z where the step set out
 
     def __call__(self, i, z, v):
         x = z - self.sigmas[i] * v
@@ -120,85 +123,76 @@ class UniPC:
     def advance(self, i, arrived=None):
         """The predictor's step i, or the corrector's where x at the end of the step is known."""
         h = self.lambdas[i + 1] - self.lambdas[i]
-        weight = -math.expm1(-h)                            # ∫ e^(λ - λ_τ) dλ
-        now, change = self.x[-1], 0                         # x at r = 0, and its mean change over the step
-        second = 0 < i < self.last                          # there is a point before, and h is finite
+        weight = -math.expm1(-h)  # ∫ e^(λ - λ_τ) dλ
+        now, change = self.x[-1], 0  # x at r = 0, and its mean change over the step
+        second = 0 < i < self.last  # there is a point before, and h is finite
         if second:
             r = (self.lambdas[i - 1] - self.lambdas[i]) / h
             slope = (self.x[-2] - now) / r
         if arrived is None and second:
-            change = slope / 2                              # bh2 takes 1/2 for the mean of r
+            change = slope / 2  # bh2 takes 1/2 for the mean of r
         elif arrived is not None and not second:
             change = (arrived - now) / 2
         elif arrived is not None:
-            mean = (1 - weight / h) / weight                # of r under e^λ
-            square = (1 - 2 * (1 - weight / h) / h) / weight    # and of r squared
+            mean = (1 - weight / h) / weight  # of r under e^λ
+            square = (1 - 2 * (1 - weight / h) / h) / weight  # and of r squared
             share = (square - mean) / (r - 1)
             change = share * slope + (mean - share) * (arrived - now)
-        sigma, tau = self.sigmas[i:i + 2]
+        sigma, tau = self.sigmas[i : i + 2]
         return tau / sigma * self.z + (1 - tau) * weight * (now + change)
 
 
 def guided(velocity, guidance):
-    """Classifier-free guidance in one batch: `velocity` gets z twice, for the instruction and then for the empty one.
+    """Classifier-free guidance (arXiv 2207.12598) in one batch.
 
-    v = v_empty + guidance (v_instruction - v_empty). With guidance 1 that is v_instruction: `velocity` sees z once.
+    `velocity` sees z twice, for the instruction and then for the empty one:
+    v = v_empty + guidance (v_instruction - v_empty). With guidance 1 it sees z once.
     """
     if guidance == 1:
         return velocity
 
-    def both(z, t):
-        wanted, empty = velocity(torch.cat([z, z]), torch.cat([t, t])).chunk(2)
-        return empty + guidance * (wanted - empty)
+    def guided_velocity(z, t):
+        instructed, empty = velocity(torch.cat([z, z]), torch.cat([t, t])).chunk(2)
+        return empty + guidance * (instructed - empty)
 
-    return both
+    return guided_velocity
 
 
 # Run alone: a velocity without a network.
 
 
-def moons(count):
-    """(count, 2) points on two interleaved half circles."""
-    angle = torch.linspace(0, math.pi, count // 2, dtype=torch.float64)
-    upper, lower = torch.stack([angle.cos(), angle.sin()], 1), torch.stack([1 - angle.cos(), 0.5 - angle.sin()], 1)
-    return 1.5 * (torch.cat([upper, lower]) - torch.tensor([0.5, 0.25]))
-
-
 def exact_velocity(data, blur):
-    """What a perfect model would learn for `data` (N, D) whose points are Gaussians of width `blur`: E[ε - x | z]."""
+    """E[ε - x | z], the velocity of a perfect model of `data` (N, D), blurred by Gaussians."""
 
     def velocity(z, t):
         sigma = (t.double() / 1000).view(-1, 1)
-        variance = ((1 - sigma) * blur).square() + sigma.square()               # (B, 1)     of x_σ around a point
-        away = z[:, None] - (1 - sigma)[:, None] * data                         # (B, N, D)
-        share = (-away.square().sum(-1) / (2 * variance)).softmax(dim=1)        # (B, N)     of each point in z
-        offset = (share[:, :, None] * away).sum(dim=1) / variance               # (B, D)
+        variance = ((1 - sigma) * blur).square() + sigma.square()  # (B, 1) of x_σ around a point
+        away = z[:, None] - (1 - sigma)[:, None] * data  # (B, N, D)
+        share = -away.square().sum(-1) / (2 * variance)  # (B, N) of each point in z
+        share = share.softmax(dim=1)
+        offset = (share[:, :, None] * away).sum(dim=1) / variance  # (B, D)
         return sigma * offset - (share @ data + (1 - sigma) * blur**2 * offset)
 
     return velocity
 
 
 def main():
-    """Prints the error of both solvers by steps, and draws where the noise went."""
-    parser = argparse.ArgumentParser(description="Carries Gaussian noise to two moons with an exact velocity, and "
-                                     "prints how far from the exact end each solver stops.")
-    parser.add_argument("picture", nargs="?", help="where to draw the starts and the ends, for instance moons.png")
-    args = parser.parse_args()
-    velocity = exact_velocity(moons(100), blur=0.05)
-    noise = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    end = FlowSampler(320, 1.0).sample(velocity, noise)
+    """Carries noise to two moons, and prints how far from the exact end each solver stops."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
+    angle = torch.linspace(0, math.pi, 50, dtype=torch.float64)
+    upper = torch.stack([angle.cos(), angle.sin()], dim=1)
+    moons = torch.cat([upper, torch.tensor([1.0, 0.5]) - upper])  # (100, 2)
+    velocity = exact_velocity(1.5 * (moons - torch.tensor([0.5, 0.25])), blur=0.05)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(500, 2, dtype=torch.float64, generator=generator)
+    end = FlowSampler(320, shift=1.0).sample(velocity, noise)
     print("steps    euler    unipc   (mean distance to where 320 steps of unipc end)")
     for steps in (5, 10, 20, 40, 80):
-        ends = [FlowSampler(steps, 1.0, solver).sample(velocity, noise) for solver in ("euler", "unipc")]
-        print(f"{steps:5}" + "".join(f"{(z - end).norm(dim=1).mean():9.4f}" for z in ends))
-    if args.picture:
-        from PIL import Image, ImageDraw
-
-        image = Image.new("RGB", (800, 400), "white")
-        for left, points in ((200, noise), (600, end)):
-            for x, y in (100 * points).tolist():
-                ImageDraw.Draw(image).ellipse((left + x - 2, 198 - y, left + x + 2, 202 - y), fill=(28, 82, 226))
-        image.save(args.picture)
+        errors = []
+        for solver in ("euler", "unipc"):
+            z = FlowSampler(steps, 1.0, solver).sample(velocity, noise)
+            errors.append((z - end).norm(dim=1).mean().item())
+        print(f"{steps:5} {errors[0]:8.4f} {errors[1]:8.4f}")
 
 
 if __name__ == "__main__":

@@ -40,26 +40,25 @@ def make_tiny_weights(folder, trained=True):
     import dit
     import mllm
     import vae
-    from connector import InstructX, InstructXConfig
+    from connector import InstructX
 
     random, tokenizer = torch.Generator().manual_seed(0), tiny_tokenizer()
-    ids = {f"{name}_token_id": tokenizer.token_to_id(f"<|{token}|>") for name, token in (
-        ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
-    models = (randomize(mllm.Qwen2_5_VL(dataclasses.replace(mllm.PRESETS["tiny"], **ids)), random),
-              mllm.Processor(tokenizer, patch_size=8, min_pixels=256, max_pixels=1024),
-              randomize(dit.WanDiT(dit.PRESETS["tiny"]), random), randomize(vae.WanVAE(vae.PRESETS["tiny"]), random))
-    for model, name in zip(models, ("mllm", "mllm", "dit", "vae")):
+    ids = {f"{name}_token_id": tokenizer.token_to_id(f"<|{name}_pad|>") for name in ("image", "video")}
+    qwen = randomize(mllm.Qwen2_5_VL(dataclasses.replace(mllm.PRESETS["tiny"], **ids)), random)
+    processor = mllm.Processor(tokenizer, patch_size=8, min_pixels=256, max_pixels=1024)
+    wan = randomize(dit.WanDiT(dit.PRESETS["tiny"]), random)
+    autoencoder = randomize(vae.WanVAE(vae.PRESETS["tiny"]), random)
+    for model, name in ((qwen, "mllm"), (processor, "mllm"), (wan, "dit"), (autoencoder, "vae")):
         model.save_pretrained(folder / name)
     if trained:
-        config = InstructXConfig(mllm_dim=64, hidden_dim=48, context_dim=models[2].config.text_dim, image_queries=4,
-                                 video_queries=6, mllm_frames=3, lora_rank=2, lora_alpha=4.0, steps=2, guidance=2.0,
-                                 shift=3.0)
-        model = InstructX.untrained(*models, config)
+        model = InstructX.untrained(
+            qwen, processor, wan, autoencoder, hidden_dim=48, image_queries=4, video_queries=6,
+            mllm_frames=3, lora_rank=2, lora_alpha=4.0, steps=2, guidance=2.0, shift=3.0)
         model.dit.add_source_embedding()
         for name, p in model.named_parameters():
             if "lora_" in name or name.startswith("connector."):
                 torch.nn.init.normal_(p, std=0.3, generator=random)
-        model.save_pretrained(folder / "instructx")
+        model.save_pretrained(folder / "instructx", dit=True)
     return folder
 
 

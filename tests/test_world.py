@@ -376,7 +376,7 @@ def test_judge_arithmetic():
     output[1, 8:, 8:] = 51                        # now a fifth in all channels: above the window's limit in one frame
     scores = judge(source, target, output)
     assert scores["window"] == pytest.approx(0.2) and scores["outside"] < 0.03 and not scores["success"]
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must be one shape"):
         judge(source, target, output[:1])
     with pytest.raises(ValueError, match="no edit"):
         judge(source, source, output)

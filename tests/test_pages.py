@@ -1,0 +1,287 @@
+"""The pages: every command, link, name and figure in them."""
+
+import functools
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dit
+import vae
+from connector import Connector, InstructXConfig
+from mllm import Qwen2_5_VL, add_lora, smart_resize
+
+TOP = Path(__file__).resolve().parents[1]
+PAGES = [
+    TOP / name
+    for name in (
+        "README.md",
+        "tests/README.md",
+        "weights/README.md",
+        "weights/shapes/README.md",
+        "weights/shapes/claims/README.md",
+    )
+]
+README, TESTS_PAGE = PAGES[0].read_text(), PAGES[1].read_text()
+ALL_PAGES = "\n".join(page.read_text() for page in PAGES)
+
+
+def command_lines():
+    """Every `python FILE ...` of the README, in blocks and in sentences, as lists of words."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", ALL_PAGES, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += re.findall(
+        r"`(python [^`]+)`",
+        re.sub(r"^```\w*\n.*?^```$", "", ALL_PAGES, flags=re.DOTALL | re.MULTILINE),
+    )
+    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+
+
+@functools.cache
+def options(script, *command):
+    return set(re.findall(r"(?<![\w-])--?\w[\w-]*", shell(script, *command, "--help").stdout))
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_have_such_options():
+    """An option that was renamed, in a command that nobody has typed since."""
+    lines = command_lines()
+    assert len(lines) > 15 and {"edit.py", "train.py", "weights/shapes/world.py"} <= {
+        script for script, *_ in lines
+    }
+    for script, *words in lines:
+        used = {word for word in words if word.startswith("-")}
+        if script == "tests/full_size.py":  # hands what it does not know to edit.py
+            used -= options("edit.py")
+        command = words[:1] if script == "weights/shapes/world.py" else []
+        assert used <= options(script, *command), f"{script} {used}"
+        for word in words:
+            assert not word.startswith("weights/shapes") or (TOP / word).exists(), word
+
+
+def anchor(heading):
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(TOP)))
+def test_links_lead_somewhere(page):
+    """Links to files that were moved, and to headings that were reworded."""
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        if re.match(r"https?:", link):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if heading:
+            assert heading in map(
+                anchor, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            ), link
+
+
+def test_the_map_names_what_exists():
+    """From the paper to the code: a class that was renamed would lead nowhere."""
+    section = README.partition("## From the paper to the code")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()[4:]
+        if line
+    ]
+    assert len(rows) > 9 and all(len(row) == 4 for row in rows)
+    for row in rows:
+        module = owner = None
+        for name in re.findall(r"`([\w./]+)`", row[3]):
+            if name.endswith(".py"):
+                assert (TOP / name).is_file(), name
+                module = importlib.import_module(Path(name).stem)
+                continue
+            found, _, method = name.partition(".")
+            if hasattr(module, found):
+                owner = getattr(module, found)
+                name = method
+            attributes = dir(owner) + re.findall(
+                r"self\.(\w+) =", Path(module.__file__).read_text()
+            )
+            assert not name or name in attributes, f"{row[3]}: {name}"
+
+
+def gigabytes(count, size):
+    return f"{count * size / 1e9:.2f}"
+
+
+def test_figures_of_the_readme():
+    """What the tables say of sizes, computed from the models."""
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    with torch.device("meta"):
+        mllm, connector, codec = (
+            Qwen2_5_VL(),
+            Connector(InstructXConfig()),
+            vae.WanVAE(vae.PRESETS["wan2.1"]),
+        )
+        dits = {name: dit.WanDiT(dit.PRESETS[name]) for name in ("1.3B", "14B")}
+        before = count(mllm)
+        add_lora(mllm)
+    ours = count(mllm) - before + count(connector)
+    rows = {
+        "Qwen2.5-VL-3B": [f"{before:,}", gigabytes(before, 2)],
+        "queries, connector, LoRA": [f"{ours:,}", gigabytes(ours, 2)],
+        "Wan2.1 VAE, in float32": [f"{count(codec):,}", gigabytes(count(codec), 4)],
+    }
+    sums = {}
+    for name, model in dits.items():
+        exact = sum(p.numel() for key, p in model.named_parameters() if dit.FLOAT32.search(key))
+        loaded = 2 * count(model) + 2 * exact  # bytes: what is kept in float32 has two more
+        rows[f"Wan2.1 DiT {name}"] = [f"{count(model):,}", gigabytes(loaded, 1)]
+        sums[name] = (2 * before + 2 * ours + loaded + 4 * count(codec)) / 1e9
+    rows["together with the 1.3B / the 14B"] = [f"{sums['1.3B']:.2f} / {sums['14B']:.2f}"]
+    for name, figures in rows.items():
+        line = next(line for line in README.splitlines() if line.startswith(f"| {name} |"))
+        assert all(f" {figure}" in line for figure in figures), (line, figures)
+    for name in dits:
+        tokens = 21 * 30 * 52
+        flop = dit.step_flops(dit.PRESETS[name], tokens, 512)
+        assert f"{tokens:,} tokens" in TESTS_PAGE and f"{flop / 1e12:,.0f} TFLOP" in TESTS_PAGE
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors made inside that are alive at the same time, at the most."""
+
+    def __init__(self, *models):
+        super().__init__()
+        self.peak = 0
+        weights = [
+            StorageWeakRef(p.untyped_storage()) for model in models for p in model.parameters()
+        ]
+        self.alive = {
+            weight.cdata: (weight, 0) for weight in weights
+        }  # what is only a view of them takes nothing
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.alive.setdefault(reference.cdata, (reference, storage.nbytes()))
+        self.alive = {key: both for key, both in self.alive.items() if not both[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def bytes_of(model, name=lambda name: True):
+    """In bfloat16, but for what stays in float32: parts of the DiT, LoRA, the VAE."""
+    exact = lambda key: (
+        isinstance(model, vae.WanVAE)
+        or "lora_" in key
+        or isinstance(model, dit.WanDiT)
+        and dit.FLOAT32.search(key)
+    )
+    return sum(
+        p.numel() * (4 if exact(key) else 2) for key, p in model.named_parameters() if name(key)
+    )
+
+
+@functools.cache
+def vae_peak(frames):
+    """Bytes that the VAE holds at its peak for each pixel of a frame, beyond its weights. All it does grows with area."""
+    with torch.device("meta"):
+        codec = vae.WanVAE()
+    codec.to_empty(device="cpu")
+    length, side, peaks = min(frames, 9), 64, []  # from the third latent frame on, chunks are alike
+    video, z = (
+        torch.zeros(1, 3, length, side, side),
+        torch.zeros(1, 16, (length - 1) // 4 + 1, side // 8, side // 8),
+    )
+    for run, held in (
+        (lambda: codec.encode(video), 3 * 4 * frames),
+        (lambda: deque(codec.decode_stream(z), 0), 0),
+    ):
+        with Live(codec) as live, torch.no_grad():
+            run()
+        peaks.append(live.peak / side**2 + held)  # the whole clip is there while it is encoded
+    return max(peaks)
+
+
+def needs(preset, shape, queries):
+    """GB that an edit with guidance holds at most: all in memory, blocks in int8, blocks offloaded.
+
+    The peak is in a step of the DiT or, where that is small, in the VAE.
+    """
+    config, narrow = dit.PRESETS[preset], replace(dit.PRESETS[preset], num_layers=2)
+    with torch.device("meta"):
+        mllm, connector, codec, model = (
+            Qwen2_5_VL(),
+            Connector(InstructXConfig()),
+            vae.WanVAE(),
+            dit.WanDiT(config),
+        )
+        add_lora(mllm)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        torch.set_default_dtype(torch.bfloat16)
+        step = dit.WanDiT(narrow)
+        torch.set_default_dtype(torch.float32)
+        latents = torch.empty(2, *shape)
+        context = torch.empty(2, queries, 4096, dtype=torch.bfloat16)
+        with Live(step) as live:
+            condition = step.condition(context, latents.shape, latents[:1])
+            step.denoise(latents, torch.empty(2), condition)
+    matrix = lambda key: key.startswith("blocks.") and key.endswith("weight") and "norm" not in key
+    tower = lambda key: key.startswith(("visual.blocks.", "model.layers.")) and "lora_" not in key
+    others, whole = bytes_of(connector) + bytes_of(codec), bytes_of(mllm) + bytes_of(model)
+    block = bytes_of(model, lambda key: key.startswith("blocks.0."))
+    apart = bytes_of(mllm, tower) + bytes_of(model, lambda key: key.startswith("blocks."))
+    denoise = live.peak
+    code = vae_peak(4 * shape[1] - 3) * 64 * shape[2] * shape[3]
+    return [
+        (others + max(size + denoise, between + code)) / 1e9
+        for size, between in (
+            (whole, whole),
+            [whole - bytes_of(model, matrix) / 2] * 2,
+            (whole - apart + 2 * block, whole - apart),
+        )
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["14B", "1.3B"])
+def test_needs_of_the_readme(preset):
+    """What an edit takes by size, computed from the tensors of a step."""
+    for name, shape, queries in (
+        ("an image of 1024x1024", (16, 1, 128, 128), 256),
+        ("81 frames of 832x480", (16, 21, 60, 104), 512),
+        ("81 frames of 1280x720", (16, 21, 90, 160), 512),
+    ):
+        row = (
+            f"| {preset}, {name} | "
+            + " | ".join(f"{size:.1f}" for size in needs(preset, shape, queries))
+            + " |"
+        )
+        assert row in TESTS_PAGE, row
+        flop = dit.step_flops(dit.PRESETS[preset], shape[1] * shape[2] * shape[3] // 4, queries)
+        seconds = [2 * 50 * flop / (peak * 1e12) for peak in (790, 312, 165)]  # guidance, steps
+        row = (
+            f"| {preset}, {name} | {100 * flop / 1e15:,.1f} | "
+            + " | ".join(f"{time:,.0f}" for time in seconds)
+            + " |"
+        )
+        assert row in TESTS_PAGE, row
+
+
+def test_shapes_of_the_readme():
+    """The figure of the flow, from the code that it tells of."""
+    height, width = smart_resize(480, 832, 28, 3136, 12845056)
+    patches = 7 * (height // 14) * (width // 14)  # 13 frames, two to a patch
+    assert f"patches ({patches}, 1176), which become {patches // 4} of" in README
+    assert f"(1, {InstructXConfig().video_queries}, {InstructXConfig().context_dim})" in README
