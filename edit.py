@@ -1169,7 +1169,9 @@ def check_size(path, width, height, remedy):
 
 def working_size(width, height, area):
     """The size at which a picture is edited: its own, or the same proportions at `area` pixels."""
-    scale = min(1.0, math.sqrt(area / (width * height))) if area else 1.0
+    if not area or width * height <= area:
+        return width, height
+    scale = math.sqrt(area / (width * height))
     return max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale))
 
 
