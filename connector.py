@@ -37,8 +37,9 @@ from torch.utils.checkpoint import checkpoint
 
 import dit as dit_module
 import mllm as mllm_module
+import vae as vae_module
 from dit import WanDiT
-from mllm import Processor, Qwen2_5_VL, add_lora, load_lora, lora_state_dict
+from mllm import Processor, Qwen2_5_VL, add_lora, load_lora, lora_state_dict, to_pil
 from sampler import FlowSampler, guided
 from vae import WanVAE, to_frames, to_video
 
@@ -73,13 +74,19 @@ class Connector(nn.Module):
     def __init__(self, config):
         super().__init__()
         D = config.mllm_dim
-        self.image_queries = nn.Parameter(torch.randn(config.image_queries, D) * 0.02)
-        self.video_queries = nn.Parameter(torch.randn(config.video_queries, D) * 0.02)
+        self.image_queries = nn.Parameter(torch.empty(config.image_queries, D))
+        self.video_queries = nn.Parameter(torch.empty(config.video_queries, D))
         self.mlp = nn.Sequential(
             nn.Linear(config.mllm_dim, config.hidden_dim),
             nn.GELU(approximate="tanh"),
             nn.Linear(config.hidden_dim, config.context_dim),
         )
+
+    def initialize(self):
+        """The start of stage 1: queries as N(0, 0.02), the MLP as PyTorch starts it."""
+        nn.init.normal_(self.image_queries, std=0.02)
+        nn.init.normal_(self.video_queries, std=0.02)
+        return self
 
     def queries(self, is_video):
         """(Q, D): what the MLLM is given after the last token of the prompt."""
@@ -140,7 +147,7 @@ class InstructX(nn.Module):
         """
         report = progress or (lambda phase, done, total: None)
         as_image = isinstance(frames, Image.Image)
-        frames = check_frames([frames.convert("RGB")] if as_image else frames)
+        frames = check_frames(np.asarray(frames.convert("RGB"))[None] if as_image else frames)
         guidance = self.config.guidance if guidance is None else guidance
         steps = self.config.steps if steps is None else steps
         self.sampler(steps)  # its errors come before the work
@@ -223,6 +230,7 @@ class InstructX(nn.Module):
         """
         guidance = self.config.guidance if guidance is None else guidance
         steps = self.config.steps if steps is None else steps
+        context = context[:1] if guidance == 1 else context
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         batch = (len(context), *shape[1:])
         condition = self.dit.condition(context, batch, source, references)  # the same in all steps
@@ -291,13 +299,12 @@ class InstructX(nn.Module):
         fit.
         """
         folders = locate(folder, instructx)
+        check_configs(folders)
         dit_blocks = not offload and quantize is None
         mllm = Qwen2_5_VL.from_pretrained(folders["mllm"], device, dtype, blocks=not offload)
         dit = WanDiT.from_pretrained(folders["dit"], device, dtype, blocks=dit_blocks)
         vae = WanVAE.from_pretrained(folders["vae"], device)
         processor = Processor.from_pretrained(folders["mllm"])
-        for config in (mllm.config, mllm.config.vision_config, dit.config, vae.config):
-            check_types(config, folder)
         if "instructx" in folders:
             config = read_config(folders["instructx"] / "config.json")
             config = replace(config, **settings)
@@ -334,7 +341,7 @@ class InstructX(nn.Module):
         weight = dit.patch_embedding.weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            connector = Connector(config).to(weight.device, weight.dtype)
+            connector = Connector(config).initialize().to(weight.device, weight.dtype)
             if config.lora_rank:
                 add_lora(mllm, config.lora_rank, config.lora_alpha)
         return cls(config, mllm, processor, connector, dit, vae, trained=False)
@@ -382,8 +389,8 @@ class InstructX(nn.Module):
 
 
 def check_frames(frames):
-    """PIL images or uint8 (T, H, W, 3) -> a contiguous array. ValueError for anything else."""
-    frames = np.ascontiguousarray(np.stack([np.asarray(frame) for frame in frames]))
+    """uint8 (T, H, W, 3) -> the same as a contiguous array. ValueError for anything else."""
+    frames = np.ascontiguousarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3)")
     return frames
@@ -394,13 +401,10 @@ def fit_reference(picture, area):
 
     A reference then costs no more tokens than a frame of the source. Training does the same.
     """
-    if isinstance(picture, Image.Image):
-        picture = picture.convert("RGB")
-    picture = check_frames([picture])[0]
-    height, width = reference_size(*picture.shape[:2], area)
-    if (height, width) == picture.shape[:2]:
-        return picture
-    image = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+    image = to_pil(picture)
+    height, width = reference_size(image.height, image.width, area)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image)
 
 
@@ -431,13 +435,25 @@ def read_config(file):
     return config
 
 
+def check_configs(folders):
+    """Raises ValueError for wrong values in the config.json of MLLM, DiT and VAE."""
+    mllm_config = mllm_module.read_config(folders["mllm"])
+    vae_file = vae_module.checkpoint_file(folders["vae"])
+    check_types(mllm_config, folders["mllm"])
+    check_types(mllm_config.vision_config, folders["mllm"])
+    check_types(dit_module.read_config(folders["dit"]), folders["dit"])
+    check_types(vae_module.read_config(vae_file.parent / "config.json"), folders["vae"])
+
+
 def check_types(config, file):
-    """Raises ValueError for a field of a config whose value has another type than its default."""
+    """Raises ValueError for a value of another type than its default, or a number below 0."""
     for field in fields(config):
         value, default = getattr(config, field.name), getattr(type(config)(), field.name)
         allowed = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(f"{file}: {field.name} is {value!r}, not like {default!r}")
+        if isinstance(value, (int, float)) and value < 0:
+            raise ValueError(f"{file}: {field.name} is {value!r}, below 0")
 
 
 CLASSES = {
@@ -514,10 +530,10 @@ def compile_blocks(dit):
     """Compiles each block of the DiT in place, so that names in state_dict() stay.
 
     Nearly all time goes there. All blocks are alike, so one compilation of seconds serves them
-    all.
+    all. It is the forward that is compiled: `offload_blocks` works before and after it.
     """
     for block in dit.blocks:
-        block.compile()
+        block.forward = torch.compile(block.forward)
 
 
 def recompute_blocks(blocks):
@@ -574,8 +590,9 @@ def offload_blocks(blocks, read, device):
 
     def before(block, inputs, i):
         ready = torch.cuda.current_stream(device).record_event() if stream else None
-        weights = pending.pop(i).result() if i in pending else fetch(i, ready)
-        pending.clear()
+        future = pending.pop(i, None) or reader.submit(fetch, i, ready)
+        pending.clear()  # an edit that failed may have left another block here
+        weights = future.result()
         if i + 1 < len(blocks):
             pending[i + 1] = reader.submit(fetch, i + 1, ready)
         block.load_state_dict(weights, strict=False, assign=True)  # not strict: LoRA stays

@@ -134,14 +134,23 @@ def modulate(x, shift, scale):
 
 
 def sinusoids(t, width):
-    """t (B,) -> (B, width) float32: cosines, then sines.
+    """t (B,) -> (B, width) float32: cosines, then sines of t / 10000^(i / half).
 
-    float32 would keep few digits of angles up to 1000, so this is float64. It runs on the CPU,
-    because some devices have no float64.
+    float32 keeps few digits of an angle of 1000, and some devices have no float64. So angles are
+    counted in turns: t times the leading 13 bits of a frequency is exact, and its whole turns drop
+    out before the rest is added.
     """
-    frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
-    angles = t.cpu().double()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float().to(t.device)
+    half = width // 2
+    frequencies = 10000.0 ** (-torch.arange(half).double() / half) / (2 * math.pi)  # turns per t
+    leading = (frequencies * 2**13).round() / 2**13
+    frequencies, leading, trailing = (
+        x.float().to(t.device) for x in (frequencies, leading, frequencies - leading)
+    )
+    t = t.float()[:, None]
+    whole, fraction = t.round(), t - t.round()
+    turns = whole * leading
+    turns = turns - turns.round() + whole * trailing + fraction * frequencies
+    return torch.cat([(2 * math.pi * turns).cos(), (2 * math.pi * turns).sin()], dim=1)
 
 
 def rope_table(grid, head_dim, first_frame=0):
@@ -218,7 +227,7 @@ class Block(nn.Module):
             nn.GELU(approximate="tanh"),
             Linear(config.ffn_dim, config.dim),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(self, x, e, context, cos, sin):
         """x (B, L+R, D) and e (B, 6, D) float32, context (B, Q, D) -> (B, L+R, D) float32."""
@@ -236,7 +245,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = Linear32(config.dim, math.prod(config.patch_size) * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x, e):
         """x (B, L, D), e (B, D): the time embedding itself, where blocks get its projection."""
@@ -456,17 +465,18 @@ def check_shapes(dit, context, shape, source, references):
     B, C, *size = shape
     patch = dit.config.patch_size
     width = dit.config.dim if isinstance(dit.text_embedding, nn.Identity) else dit.config.text_dim
-    if C != dit.config.in_dim or any(length % p or not length for length, p in zip(size, patch)):
+    cut = len(size) == 3 and all(length and not length % p for length, p in zip(size, patch))
+    if C != dit.config.in_dim or not cut:
         raise ValueError(
             f"z is {tuple(shape)}, not (B, {dit.config.in_dim}, F, h, w) in patches {patch}"
         )
-    if context.shape[0] != B or context.shape[-1] != width:
+    if context.ndim != 3 or context.shape[0] != B or context.shape[2] != width:
         raise ValueError(f"context is {tuple(context.shape)}, not ({B}, Q, {width})")
     if source is not None and tuple(source.shape) not in (tuple(shape), (1, C, *size)):
         raise ValueError(f"source is {tuple(source.shape)}, not like z, {tuple(shape)}")
     for z in references:
-        sides = any(length % p for length, p in zip(z.shape[3:], patch[1:]))
-        if z.ndim != 5 or z.shape[0] not in (1, B) or z.shape[1:3] != (C, patch[0]) or sides:
+        cut = all(length and not length % p for length, p in zip(z.shape[3:], patch[1:]))
+        if z.ndim != 5 or z.shape[0] not in (1, B) or z.shape[1:3] != (C, patch[0]) or not cut:
             raise ValueError(
                 f"a reference is {tuple(z.shape)}, not one frame ({B} or 1, {C}, 1, h, w)"
             )

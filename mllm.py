@@ -55,7 +55,15 @@ class VisionConfig:
     window_size: int = 112  # pixels
     fullatt_block_indexes: tuple = (7, 15, 23, 31)
     out_hidden_size: int = 2048
-    tokens_per_second: float = 2  # M-RoPE steps per second of video
+    tokens_per_second: float = 2.0  # M-RoPE steps per second of video
+
+    def __post_init__(self):
+        if self.num_heads < 1 or self.hidden_size % (4 * self.num_heads):
+            raise ValueError(f"vision hidden_size {self.hidden_size}: not 4 * num_heads * n")
+        if self.window_size < self.spatial_merge_size * self.patch_size:
+            raise ValueError(
+                f"window_size {self.window_size} holds no {self.patch_size}-px patches"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,8 @@ class Qwen2_5_VLConfig:
     tie_word_embeddings: bool = True
     image_token_id: int = 151655
     video_token_id: int = 151656
+    vision_start_token_id: int = 151652  # not used here; other programs need both in config.json
+    vision_end_token_id: int = 151653
     vision_config: VisionConfig = field(default_factory=VisionConfig)
 
     def __post_init__(self):
@@ -83,6 +93,15 @@ class Qwen2_5_VLConfig:
     @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, raw):
+        """Reads the hub's config.json, and the nested one of newer exports. ValueError."""
+        return config_from_dict(raw)
+
+    def to_dict(self):
+        """The hub's config.json."""
+        return config_to_dict(self)
 
 
 PRESETS = {
@@ -369,7 +388,8 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        table = torch.randn(config.vocab_size, config.hidden_size) * 0.02
+        # Zeros, because nn.Embedding's own start takes seconds, on the meta device too.
+        table = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -924,11 +944,7 @@ def save_model(model, folder):
     partial = folder / "model.safetensors.partial"  # the tensors may be mapped from the old file
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
-    config = asdict(model.config)
-    config["rope_scaling"] = {"type": "mrope", "mrope_section": config.pop("mrope_section")}
-    config |= {"model_type": "qwen2_5_vl", "hidden_act": "silu"}
-    config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 
 BLOCKS = ("visual.blocks.", "model.layers.")
@@ -1000,13 +1016,21 @@ def read_config(path):
     if not file.exists():
         return PRESETS["3B"]
     try:
-        return config_from_dict(read_json(file))
+        return Qwen2_5_VLConfig.from_dict(read_json(file))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
+def config_to_dict(config):
+    """See Qwen2_5_VLConfig.to_dict."""
+    raw = asdict(config)
+    raw["rope_scaling"] = {"type": "mrope", "mrope_section": list(raw.pop("mrope_section"))}
+    raw |= {"model_type": "qwen2_5_vl", "hidden_act": "silu"}
+    return raw | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+
+
 def config_from_dict(raw):
-    """Reads the hub's flat layout and the nested one of newer exports.
+    """See Qwen2_5_VLConfig.from_dict.
 
     ValueError for rotary embeddings or attention that this model does not have.
     """
@@ -1029,8 +1053,13 @@ def config_fields(cls, raw):
     values = {}
     for entry in fields(cls):
         value = raw.get(entry.name)
-        if value is not None and entry.name != "vision_config":
-            values[entry.name] = tuple(value) if isinstance(value, list) else value
+        if value is None or entry.name == "vision_config":
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        allowed = (int, float) if isinstance(entry.default, float) else type(entry.default)
+        if not isinstance(value, allowed):
+            raise ValueError(f"{entry.name} is {value!r}, not like {entry.default!r}")
+        values[entry.name] = value
     return values
 
 
@@ -1063,22 +1092,28 @@ PROCESSOR_SETTINGS = (
 def load_processor(cls, folder):
     """See Processor.from_pretrained."""
     folder = Path(folder)
-    for name in ("tokenizer.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; it comes with Qwen2.5-VL")
+    settings_file = folder / "preprocessor_config.json"
+    newer = folder / "processor_config.json"  # newer exports write this one instead
+    if newer.is_file() and not settings_file.is_file():
+        settings_file = newer
+    for file in (folder / "tokenizer.json", settings_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; it comes with Qwen2.5-VL")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from None
-    raw = read_json(folder / "preprocessor_config.json")
-    size = raw.get("size") or {}  # newer exports keep the bounds here
+    raw = read_json(settings_file)
     try:
-        raw.setdefault("min_pixels", size.get("shortest_edge"))
-        raw.setdefault("max_pixels", size.get("longest_edge"))
+        raw = raw.get("image_processor", raw)
+        size = raw.get("size") or {}  # newer exports keep the bounds here
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if raw.get(name) is None:
+                raw[name] = size.get(edge)
         settings = {name: raw[name] for name in PROCESSOR_SETTINGS if raw.get(name) is not None}
         return cls(tokenizer, **settings)
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'preprocessor_config.json'}: {error}") from None
+        raise ValueError(f"{settings_file}: {error}") from None
 
 
 def save_processor(processor, folder):

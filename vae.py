@@ -335,6 +335,7 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def decode_stream(self, z, chunk=1):
         """Yields the frames of `decode` as they come: frame 0 alone, then 4 * chunk at a time."""
+        check_latents(self, z)
         z = z.to(self.conv1.weight) * self.latents_std + self.latents_mean
         for frames in self.reconstruct_stream(z, chunk):
             yield frames.clamp(-1, 1)
@@ -354,8 +355,7 @@ class WanVAE(nn.Module):
 
     def reconstruct_stream(self, z, chunk=1):
         """Yields the frames of `reconstruct` as they come."""
-        if z.ndim != 5 or z.shape[1] != self.config.z_dim or not z.numel():
-            raise ValueError(f"latents are {tuple(z.shape)}, not (B, {self.config.z_dim}, F, h, w)")
+        check_latents(self, z)
         chunks = split_frames(z, chunk)
         cache = {} if len(chunks) > 1 else None
         for latents in chunks:
@@ -418,6 +418,12 @@ def check_video(vae, video):
     T, H, W = video.shape[2:]
     if T % stride != 1 % stride or H % space or W % space:
         raise ValueError(f"video is {T} x {H} x {W}; T should be {stride}n + 1, sides {space}n")
+
+
+def check_latents(vae, z):
+    """Raises ValueError unless `z` has a shape that the VAE can decode."""
+    if z.ndim != 5 or z.shape[1] != vae.config.z_dim or not z.numel():
+        raise ValueError(f"latents are {tuple(z.shape)}, not (B, {vae.config.z_dim}, F, h, w)")
 
 
 CONFIG_KEYS = {

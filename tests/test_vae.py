@@ -1,9 +1,8 @@
-"""The VAE: equal to diffusers' AutoencoderKLWan, streamed equal to whole, and nothing loaded by halves."""
+"""vae.py against diffusers' AutoencoderKLWan, and streamed against the whole clip at once."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +10,32 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vae as module
-from vae import PRESETS, CausalConv3d, Downsample, RMSNorm, Upsample, VAEConfig, WanVAE, in_tiles, official_names
+from vae import (
+    PRESETS,
+    CausalConv3d,
+    Downsample,
+    RMSNorm,
+    Upsample,
+    VAEConfig,
+    WanVAE,
+    official_names,
+    to_frames,
+    to_video,
+)
 
-SHAPES = Path(module.__file__).parent / "weights" / "shapes"
 NARROW = dict(latents_mean=(0.3, -0.2, 0.1, 0.5), latents_std=(1.5, 0.7, 2.0, 1.1), z_dim=4, dim=8)
 CONFIGS = {
     "tiny": PRESETS["tiny"],
-    "stride 4": VAEConfig(**NARROW, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True)),
-    "2 blocks": VAEConfig(**NARROW, dim_mult=(1, 3, 2), num_res_blocks=2, temporal_downsample=(False, True)),
+    "stride 4": VAEConfig(
+        **NARROW, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True)
+    ),
+    "2 blocks": VAEConfig(
+        **NARROW, dim_mult=(1, 3, 2), num_res_blocks=2, temporal_downsample=(False, True)
+    ),
 }
 
 
@@ -30,7 +45,7 @@ def relative(a, b):
 
 
 def random_vae(config, seed=0):
-    """Random weights under which every term matters: gains away from 1, biases and attention away from 0."""
+    """Weights under which every term matters: gains are not 1, biases and attention not 0."""
     torch.manual_seed(seed)
     vae = WanVAE(config)
     with torch.no_grad():
@@ -52,41 +67,61 @@ def reference(vae):
     diffusers = pytest.importorskip("diffusers")
     c = vae.config
     model = diffusers.AutoencoderKLWan(
-        base_dim=c.dim, z_dim=c.z_dim, dim_mult=list(c.dim_mult), num_res_blocks=c.num_res_blocks,
-        temperal_downsample=list(c.temporal_downsample), latents_mean=list(c.latents_mean),
-        latents_std=list(c.latents_std))
+        base_dim=c.dim,
+        z_dim=c.z_dim,
+        dim_mult=list(c.dim_mult),
+        num_res_blocks=c.num_res_blocks,
+        temperal_downsample=list(c.temporal_downsample),
+        latents_mean=list(c.latents_mean),
+        latents_std=list(c.latents_std),
+    )
     theirs = list(model.state_dict())
     ours = official_names(dict(zip(theirs, theirs)), c)  # official name -> diffusers name
     model.load_state_dict({ours[name]: t for name, t in vae.state_dict().items()})
     return model.eval()
 
 
-# The whole clip at once, from the two rules in vae.py's docstring alone: no cache, no chunks, channels first.
+# The whole clip at once, from the two rules in vae.py's docstring alone: no cache, no chunks,
+# channels first.
 
 
 def whole(layer, x):
     """x (B, C, T, H, W)"""
     if isinstance(layer, CausalConv3d):
         k = layer.kernel_size
-        return F.conv3d(F.pad(x, (k[2] // 2,) * 2 + (k[1] // 2,) * 2 + (k[0] - 1, 0)), layer.weight, layer.bias)
+        return F.conv3d(
+            F.pad(x, (k[2] // 2,) * 2 + (k[1] // 2,) * 2 + (k[0] - 1, 0)), layer.weight, layer.bias
+        )
     if isinstance(layer, torch.nn.Conv3d):
         return F.conv3d(x, layer.weight, layer.bias)
     if isinstance(layer, RMSNorm):
         return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * layer.gamma.view(-1, 1, 1, 1)
     if isinstance(layer, module.ResidualBlock):
-        return whole_sequence(layer.residual, x) + (x if layer.shortcut is None else whole(layer.shortcut, x))
+        return whole_sequence(layer.residual, x) + (
+            x if layer.shortcut is None else whole(layer.shortcut, x)
+        )
     if isinstance(layer, module.AttentionBlock):
-        return x + torch.stack([whole_attention(layer, frame) for frame in whole(layer.norm, x).unbind(2)], dim=2)
+        return x + torch.stack(
+            [whole_attention(layer, frame) for frame in whole(layer.norm, x).unbind(2)], dim=2
+        )
     if isinstance(layer, Downsample):
         x = whole_frames(F.pad(x, (0, 1, 0, 1)), layer.resample[1], stride=2)
         if layer.time_conv is None or x.shape[2] == 1:
             return x
-        return torch.cat([x[:, :, :1], F.conv3d(x, layer.time_conv.weight, layer.time_conv.bias, stride=(2, 1, 1))], 2)
+        return torch.cat(
+            [
+                x[:, :, :1],
+                F.conv3d(x, layer.time_conv.weight, layer.time_conv.bias, stride=(2, 1, 1)),
+            ],
+            2,
+        )
     if isinstance(layer, Upsample):
         if layer.time_conv is not None and x.shape[2] > 1:
             a, b = whole(layer.time_conv, x[:, :, 1:]).chunk(2, dim=1)
             x = torch.cat([x[:, :, :1], torch.stack([a, b], dim=3).flatten(2, 3)], dim=2)
-        return whole_frames(x.repeat_interleave(2, -1).repeat_interleave(2, -2), layer.resample[1], padding=1)
+        return whole_frames(
+            x.repeat_interleave(2, -1).repeat_interleave(2, -2), layer.resample[1], padding=1
+        )
     return layer(x)
 
 
@@ -97,11 +132,15 @@ def whole_sequence(layers, x):
 
 
 def whole_frames(x, conv, **how):
-    return torch.stack([F.conv2d(frame, conv.weight, conv.bias, **how) for frame in x.unbind(2)], dim=2)
+    return torch.stack(
+        [F.conv2d(frame, conv.weight, conv.bias, **how) for frame in x.unbind(2)], dim=2
+    )
 
 
 def whole_attention(layer, x):
-    q, k, v = F.conv2d(x, layer.to_qkv.weight, layer.to_qkv.bias).flatten(2).chunk(3, dim=1)  # each (B, C, HW)
+    q, k, v = (
+        F.conv2d(x, layer.to_qkv.weight, layer.to_qkv.bias).flatten(2).chunk(3, dim=1)
+    )  # each (B, C, HW)
     weights = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1)
     y = (v @ weights.transpose(1, 2)).view_as(x)
     return F.conv2d(y, layer.proj.weight, layer.proj.bias)
@@ -110,7 +149,9 @@ def whole_attention(layer, x):
 @torch.no_grad()
 def whole_moments(vae, video):
     e = vae.encoder
-    return whole_sequence([e.conv1, *e.downsamples, *e.middle, *e.head, vae.conv1], video).chunk(2, dim=1)
+    return whole_sequence([e.conv1, *e.downsamples, *e.middle, *e.head, vae.conv1], video).chunk(
+        2, dim=1
+    )
 
 
 @torch.no_grad()
@@ -122,7 +163,7 @@ def whole_reconstruct(vae, z):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("B, T, h, w", [(1, 1, 3, 5), (2, 5, 4, 2), (1, 9, 2, 3), (1, 13, 3, 2)])
 def test_parity(config, B, T, h, w):
-    """Any difference to the released model: a padding, an order of channels, a norm, the frame-0 rule."""
+    """Any difference to the released model: a padding, an order of channels, the frame-0 rule."""
     vae = random_vae(config)
     theirs, video = reference(vae), video_of(config, B, T, h, w)
     with torch.no_grad():
@@ -130,7 +171,10 @@ def test_parity(config, B, T, h, w):
         mean, logvar = vae.moments(video)
         assert relative(mean, posterior.mean) < 2e-5
         assert relative(logvar.clamp(-30, 20), posterior.logvar) < 2e-5
-        stats = [torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)]
+        stats = [
+            torch.tensor(values).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        ]
         assert relative(vae.encode(video), (posterior.mean - stats[0]) / stats[1]) < 2e-5
         z = torch.randn_like(mean)
         expected = theirs.decode(z * stats[1] + stats[0]).sample
@@ -141,7 +185,7 @@ def test_parity(config, B, T, h, w):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("T", [1, 5, 17])
 def test_streamed_equals_whole(config, T):
-    """A chunk border that shows: a past of the wrong length, zeros in its place, frame 0 seen by the upsampling."""
+    """A chunk border that shows: zeros for the past, one of the wrong length, frame 0 doubled."""
     vae = random_vae(config)
     video = video_of(config, 2, T, 2, 3)
     mean, logvar = whole_moments(vae, video)
@@ -166,64 +210,44 @@ def test_decode_stream_yields_decode():
     assert vae.reconstruct(z).abs().max() > 1
 
 
-def test_memory_is_bounded(monkeypatch):
-    """A clip processed whole after all, or a cache that keeps whole chunks alive, runs out of memory on real clips."""
-    vae, longest, kept = random_vae(PRESETS["tiny"]), {}, []
-    for name in ("conv2d", "conv3d"):
-        real = getattr(F, name)
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operation makes."""
 
-        def spy(x, *args, name=name, real=real, **kwargs):
-            longest[name] = max(longest.get(name, 0), x.shape[2] if name == "conv3d" else x.shape[0])
-            return real(x, *args, **kwargs)
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
 
-        monkeypatch.setattr(F, name, spy)
-    real_forward = module.Encoder.forward
-    monkeypatch.setattr(module.Encoder, "forward", lambda self, x, cache: (real_forward(self, x, cache),
-                        kept.append(sum(t.untyped_storage().nbytes() for t in cache.values())))[0])
-    z = vae.encode(video_of(PRESETS["tiny"], 1, 41, 2, 2))
-    assert longest["conv2d"] == 4 and longest["conv3d"] == 4 + 2
-    assert len(kept) == 11 and kept[1] == kept[-1] <= 2 * kept[0]  # two frames each after the first one
-    for _ in vae.decode_stream(z):
-        pass
-    assert longest["conv2d"] == 4 and longest["conv3d"] == 4 + 2
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        sources = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if torch.is_tensor(t)}
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in sources:  # else it is a view
+                self.bytes = max(self.bytes, storage.nbytes())
+        return result
 
 
-@pytest.mark.parametrize("H, W, side", [(16, 16, 16), (20, 36, 16), (8, 40, 24), (68, 24, 20)])
-def test_tiles_join_without_a_seam(H, W, side):
-    """Of what looks no further than a pixel, tiles are the whole: none is left out, shifted or counted twice."""
-    x, sizes = torch.rand(2, 3, 2, H, W), []
-
-    def halve(part):
-        sizes.append(part.shape[-2:])
-        return F.avg_pool3d(part, (1, 2, 2))
-
-    double = lambda part: part.repeat_interleave(2, -2).repeat_interleave(2, -1)
-    assert relative(in_tiles(halve, x, side, 2, lambda n: n // 2), F.avg_pool3d(x, (1, 2, 2))) < 1e-6
-    assert relative(in_tiles(double, x, side, 1, lambda n: n * 2), double(x)) < 1e-6
-    assert all(max(size) <= side for size in sizes) and len(sizes) > (max(H, W) > side)
-
-
-def test_tiles_of_a_vae():
-    """One tile is the whole; several are near it, on a VAE that was trained."""
-    vae = WanVAE.from_pretrained(SHAPES / "vae")
-    video = torch.from_numpy(np.array(Image.open(SHAPES / "example.png").convert("RGB")))
-    video = video.permute(2, 0, 1)[None, :, None].repeat(1, 1, 1, 2, 3) / 127.5 - 1          # (1, 3, 1, 128, 192)
-    z, whole = vae.encode(video), vae.decode(vae.encode(video))
-    vae.tile = 192
-    assert relative(vae.encode(video), z) < 1e-6 and relative(vae.decode(z), whole) < 1e-6
-    vae.tile = 96
-    assert 1e-4 < relative(vae.encode(video), z) < 0.1 and 1e-4 < relative(vae.decode(z), whole) < 0.1
-    assert vae.decode(z.expand(1, 16, 3, -1, -1)).shape == (1, 3, 1 + 2 * vae.temporal_stride, 128, 192)
+def test_memory_does_not_grow_with_the_clip():
+    """A clip that is processed whole after all runs out of memory on real clips."""
+    vae, largest = random_vae(PRESETS["tiny"]), []
+    for T in (9, 41):
+        video = video_of(PRESETS["tiny"], 1, T, 2, 2)
+        with LargestTensor() as encoding:
+            z = vae.encode(video)
+        with LargestTensor() as decoding:
+            for _ in vae.decode_stream(z):
+                pass
+        largest.append((encoding.bytes, decoding.bytes))
+    assert largest[0] == largest[1] and min(largest[0]) > 0
 
 
-def test_image_needs_no_cache(monkeypatch):
-    """An image must take the short way (last tap only, no caches held) and still equal frame 0 of a clip."""
+def test_an_image_is_the_first_frame_of_a_clip():
+    """A lone image takes a short way through the convolutions, which must change nothing."""
     vae = random_vae(PRESETS["tiny"])
     clip = video_of(PRESETS["tiny"], 2, 5, 3, 2)
-    first = vae.encode(clip)[:, :, :1], vae.decode(vae.encode(clip))[:, :, :1]
-    monkeypatch.setattr(F, "conv3d", None)
-    z = vae.encode(clip[:, :, :1])
-    assert relative(z, first[0]) < 2e-6 and relative(vae.decode(z), first[1]) < 2e-6
+    z, image = vae.encode(clip), vae.encode(clip[:, :, :1])
+    assert relative(image, z[:, :, :1]) < 2e-6
+    assert relative(vae.decode(z[:, :, :1]), vae.decode(z)[:, :, :1]) < 2e-6
 
 
 def test_time_is_causal():
@@ -236,7 +260,7 @@ def test_time_is_causal():
 
 
 def test_norm_near_zero():
-    """Official RMSNorm bounds its norm at 1e-12: black stays black and tiny activations are blown up to full size."""
+    """As officially, norms are at least 1e-12: black stays black, tiny values become full size."""
     norm = RMSNorm(4)
     assert torch.equal(norm(torch.zeros(1, 1, 1, 1, 4)), torch.zeros(1, 1, 1, 1, 4))
     assert torch.allclose(norm(torch.full((1, 1, 1, 1, 4), 1e-8)), torch.ones(4))
@@ -255,7 +279,7 @@ def test_training_gradients():
 
 
 def test_statistics_set_after_training(tmp_path):
-    """Statistics measured after training must reach encode, decode and the file, in full precision."""
+    """Statistics measured after training must reach encode, decode and the file."""
     vae = random_vae(CONFIGS["stride 4"])
     video = video_of(vae.config, 4, 5, 3, 3)
     mean = vae.moments(video)[0].detach()
@@ -279,9 +303,16 @@ def test_bfloat16(tmp_path):
     assert 1e-4 < relative(z, vae.encode(video)) < 0.05
 
 
-@pytest.mark.parametrize("shape, message", [
-    ((1, 3, 4, 16, 16), r"4n \+ 1.*not 4"), ((1, 3, 5, 12, 16), "multiples of 8, not 12 x 16"),
-    ((1, 4, 5, 16, 16), "B, 3, T, H, W"), ((3, 5, 16, 16), "B, 3, T, H, W"), ((1, 3, 0, 16, 16), "B, 3, T, H, W")])
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 3, 4, 16, 16), r"4 x 16 x 16; T should be 4n \+ 1"),
+        ((1, 3, 5, 12, 16), "5 x 12 x 16; .* sides 8n"),
+        ((1, 4, 5, 16, 16), "B, 3, T, H, W"),
+        ((3, 5, 16, 16), "B, 3, T, H, W"),
+        ((1, 3, 0, 16, 16), "B, 3, T, H, W"),
+    ],
+)
 def test_bad_videos(shape, message):
     """A wrong shape must be named, not cropped or crash inside a convolution."""
     with pytest.raises(ValueError, match=message):
@@ -289,9 +320,9 @@ def test_bad_videos(shape, message):
 
 
 def test_other_bad_inputs():
-    """Bytes instead of [-1, 1] would encode as pure white; latents of another model and chunk 0 must not pass."""
+    """Bytes would encode as pure white; latents of another model and chunk 0 must not pass."""
     vae = WanVAE(PRESETS["tiny"])
-    with pytest.raises(ValueError, match="floating point"):
+    with pytest.raises(ValueError, match="uint8; it should be in"):
         vae.encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
     for shape in ((1, 12, 1, 2, 2), (16, 1, 2, 2), (1, 16, 0, 2, 2)):
         with pytest.raises(ValueError, match=r"\(B, 16, F, h, w\)"):
@@ -306,9 +337,28 @@ def test_other_bad_inputs():
 
 def test_no_temporal_stride():
     """A config without temporal downsampling takes any number of frames."""
-    vae = random_vae(VAEConfig(**NARROW, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(False,)))
+    vae = random_vae(
+        VAEConfig(**NARROW, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(False,))
+    )
     video = video_of(vae.config, 1, 4, 2, 2)
-    assert vae.encode(video).shape == (1, 4, 4, 2, 2) and vae.decode(vae.encode(video)).shape == video.shape
+    assert (
+        vae.encode(video).shape == (1, 4, 4, 2, 2)
+        and vae.decode(vae.encode(video)).shape == video.shape
+    )
+
+
+def test_bytes_to_video_and_back():
+    """All 256 values must come back, in float32 and in bfloat16; what overshoots is clipped."""
+    frames = np.arange(256, dtype=np.uint8).repeat(3).reshape(2, 8, 16, 3)
+    video = to_video(frames, like=torch.zeros(1))
+    assert video.shape == (1, 3, 2, 8, 16) and video.dtype == torch.float32
+    assert video.min() == -1 and video.max() == 1
+    assert np.array_equal(to_frames(video), frames)
+    half = to_video(frames, like=torch.zeros(1, dtype=torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert np.abs(to_frames(half).astype(int) - frames).max() <= 1  # bfloat16 has 256 steps in 1
+    assert to_frames(torch.full((1, 3, 1, 1, 2), -1.2)).max() == 0
+    assert to_frames(torch.full((1, 3, 1, 1, 2), 1.2)).min() == 255
 
 
 def official_tensors():
@@ -319,7 +369,10 @@ def official_tensors():
         shapes[name + ".weight"], shapes[name + ".bias"] = [out, *rest], [out]
 
     def residual(name, a, b):
-        shapes[name + ".residual.0.gamma"], shapes[name + ".residual.3.gamma"] = [a, 1, 1, 1], [b, 1, 1, 1]
+        shapes[name + ".residual.0.gamma"], shapes[name + ".residual.3.gamma"] = (
+            [a, 1, 1, 1],
+            [b, 1, 1, 1],
+        )
         conv(name + ".residual.2", b, a, 3, 3, 3)
         conv(name + ".residual.6", b, b, 3, 3, 3)
         if a != b:
@@ -339,15 +392,35 @@ def official_tensors():
     ends("decoder", 384, 384, 96, (384, 16), (3, 96))
     conv("conv1", 32, 32, 1, 1, 1)
     conv("conv2", 16, 16, 1, 1, 1)
-    for i, (a, b) in {0: (96, 96), 1: (96, 96), 3: (96, 192), 4: (192, 192), 6: (192, 384), 7: (384, 384),
-                      9: (384, 384), 10: (384, 384)}.items():
+    for i, (a, b) in {
+        0: (96, 96),
+        1: (96, 96),
+        3: (96, 192),
+        4: (192, 192),
+        6: (192, 384),
+        7: (384, 384),
+        9: (384, 384),
+        10: (384, 384),
+    }.items():
         residual(f"encoder.downsamples.{i}", a, b)
     for i, width in {2: 96, 5: 192, 8: 384}.items():
         conv(f"encoder.downsamples.{i}.resample.1", width, width, 3, 3)
     conv("encoder.downsamples.5.time_conv", 192, 192, 3, 1, 1)
     conv("encoder.downsamples.8.time_conv", 384, 384, 3, 1, 1)
-    for i, (a, b) in {0: (384, 384), 1: (384, 384), 2: (384, 384), 4: (192, 384), 5: (384, 384), 6: (384, 384),
-                      8: (192, 192), 9: (192, 192), 10: (192, 192), 12: (96, 96), 13: (96, 96), 14: (96, 96)}.items():
+    for i, (a, b) in {
+        0: (384, 384),
+        1: (384, 384),
+        2: (384, 384),
+        4: (192, 384),
+        5: (384, 384),
+        6: (384, 384),
+        8: (192, 192),
+        9: (192, 192),
+        10: (192, 192),
+        12: (96, 96),
+        13: (96, 96),
+        14: (96, 96),
+    }.items():
         residual(f"decoder.upsamples.{i}", a, b)
     for i, width in {3: 384, 7: 384, 11: 192}.items():
         conv(f"decoder.upsamples.{i}.resample.1", width // 2, width, 3, 3)
@@ -357,7 +430,7 @@ def official_tensors():
 
 
 def test_official_tensors():
-    """The released file must fit the default config tensor by tensor, or it could not be loaded strictly."""
+    """The released file must fit the default config tensor by tensor."""
     with torch.device("meta"):
         vae = WanVAE()
     assert {name: list(t.shape) for name, t in vae.state_dict().items()} == official_tensors()
@@ -367,7 +440,9 @@ def test_official_tensors():
 
 def same(a, b):
     tensors = a.state_dict(), b.state_dict()
-    return tensors[0].keys() == tensors[1].keys() and all(torch.equal(t, tensors[1][n]) for n, t in tensors[0].items())
+    return tensors[0].keys() == tensors[1].keys() and all(
+        torch.equal(t, tensors[1][n]) for n, t in tensors[0].items()
+    )
 
 
 @pytest.fixture
@@ -386,27 +461,27 @@ def test_load_own_folder(folder):
 
 
 def test_load_official_pth(folder, tmp_path):
-    """The official folder: Wan2.1_VAE.pth stands beside the DiT's shards and the DiT's config.json."""
+    """The official folder: Wan2.1_VAE.pth lies beside the DiT's shards and its config.json."""
     vae = random_vae(PRESETS["tiny"])
     (folder / "model.safetensors").unlink()
     torch.save(vae.state_dict(), folder / "any.pth")
-    assert same(WanVAE.from_pretrained(folder), vae) and same(WanVAE.from_pretrained(folder / "any.pth"), vae)
-    torch.save(vae.state_dict(), folder / "any.pth", _use_new_zipfile_serialization=False)  # cannot be mapped
     assert same(WanVAE.from_pretrained(folder), vae)
+    assert same(WanVAE.from_pretrained(folder / "any.pth"), vae)
 
     official = tmp_path / "official"
     official.mkdir()
-    torch.save({"x": torch.zeros(1)}, official / "Wan2.1_VAE.pth")
+    zero = torch.zeros(1)  # expanded, so that the file is small
+    tensors = {name: zero.expand(shape) for name, shape in official_tensors().items()}
+    torch.save(tensors, official / "Wan2.1_VAE.pth")
     torch.save({}, official / "models_t5_umt5-xxl-enc-bf16.pth")
     (official / "config.json").write_text('{"_class_name": "WanModel", "dim": 5120}')
     (official / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(ValueError, match=r"194 missing: .*, \.\.\.; 1 unexpected: x$"):  # so: the default config
-        WanVAE.from_pretrained(official)
+    assert WanVAE.from_pretrained(official).config == VAEConfig()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_load_diffusers_folder(config, tmp_path):
-    """A renamed key that lands nowhere, or on the wrong layer, and diffusers' spelling of the config."""
+    """A renamed key that lands on the wrong layer, and diffusers' spelling of the config."""
     vae = random_vae(config)
     reference(vae).save_pretrained(tmp_path)
     again = WanVAE.from_pretrained(tmp_path)
@@ -414,31 +489,24 @@ def test_load_diffusers_folder(config, tmp_path):
     assert again.config == vae.config
 
 
-def test_load_shards(folder):
-    """An index whose shard is missing must be named; present shards make one model."""
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (lambda tensors: tensors.pop("conv1.bias"), "conv1.bias"),
+        (lambda tensors: tensors.update(stray=torch.zeros(1)), "stray"),
+        (lambda tensors: tensors.update({"conv2.bias": torch.zeros(17)}), "conv2.bias.*17.*16"),
+        (lambda tensors: tensors.update({"conv2.bias": torch.zeros(16).int()}), "conv2.bias"),
+    ],
+    ids=["missing", "left over", "misshaped", "integers"],
+)
+def test_load_misfits(folder, change, name):
+    """A tensor that does not fit must be named in one line, never filled in or dropped."""
     tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    save_file({name: tensors[name] for name in names[::2]}, folder / "a.safetensors")
-    save_file({name: tensors[name] for name in names[1::2]}, folder / "b.safetensors")
-    weight_map = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(names)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert same(WanVAE.from_pretrained(folder), random_vae(PRESETS["tiny"]))
-    (folder / "b.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="names b.safetensors"):
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=name) as raised:
         WanVAE.from_pretrained(folder)
-
-
-def test_load_misfits(folder):
-    """A tensor missing, left over or misshaped must be named, never filled in or dropped."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    tensors["stray"] = tensors.pop("conv1.bias")
-    tensors["conv2.bias"] = torch.zeros(17)
-    save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"1 missing: conv1.bias; 1 unexpected: stray; "
-                                         r"1 misshaped: conv2.bias \[17\] instead of \[16\]"):
-        WanVAE.from_pretrained(folder)
+    assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
 
 
 def test_load_damaged(folder, tmp_path):
@@ -464,27 +532,37 @@ class Malicious:
 
 def test_pickles_cannot_run_code(tmp_path):
     """A .pth is a pickle: opening one from the internet must not run what is inside."""
+    file = tmp_path / "bad.pth"
     for zipped in (True, False):
-        torch.save({"conv1.weight": Malicious(str(tmp_path / "owned"))}, tmp_path / "bad.pth",
-                   _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ValueError, match="bad.pth is damaged, or not a plain tensor file"):
-            WanVAE.from_pretrained(tmp_path / "bad.pth")
+        content = {"conv1.weight": Malicious(str(tmp_path / "owned"))}
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match="bad.pth is damaged, or no plain tensor file"):
+            WanVAE.from_pretrained(file)
     assert not (tmp_path / "owned").exists()
-    torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="dict of tensors"):
-        WanVAE.from_pretrained(tmp_path / "bad.pth")
+    torch.save({"model": {"conv1.weight": torch.zeros(1)}}, file)
+    with pytest.raises(ValueError, match="bad.pth: model is no floating point tensor"):
+        WanVAE.from_pretrained(file)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"is_residual": True}, "is_residual must be false"), ({"attn_scales": [1.0]}, "attn_scales must be"),
-    ({"decoder_base_dim": 256}, "decoder_base_dim must be null"), ({"speed": 9}, "unknown keys speed"),
-    ({"z_dim": 8}, "z_dim = 8")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"is_residual": True}, "does not describe the Wan2.1 VAE"),
+        ({"patch_size": 2}, "does not describe the Wan2.1 VAE"),
+        ({"attn_scales": [1.0]}, "does not describe the Wan2.1 VAE"),
+        ({"z_dim": 8}, "z_dim = 8"),
+        ({"dim_mult": 3}, "config.json: "),
+        ({"latents_std": [0.0] * 16}, "latents_std above 0"),
+        ({"latents_mean": [float("nan")] * 16}, "latents_mean should be numbers"),
+    ],
+)
 def test_bad_configs(folder, change, message):
-    """A config of another VAE (Wan2.2's, say) must not be read as this one with its differences ignored."""
+    """A config of another VAE (Wan2.2's, say) must not be read as this one."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         WanVAE.from_pretrained(folder)
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_paths(folder, tmp_path):
@@ -492,10 +570,10 @@ def test_paths(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         WanVAE.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="none found"):
+    with pytest.raises(FileNotFoundError, match="empty holds 0 checkpoint files"):
         WanVAE.from_pretrained(tmp_path / "empty")
     (folder / "fp16.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="fp16.safetensors, model.safetensors found"):
+    with pytest.raises(FileNotFoundError, match="vae holds 2 checkpoint files"):
         WanVAE.from_pretrained(folder)
     (folder / "fp16.safetensors").unlink()
     (folder / "config.json").write_text("[1]")
@@ -503,31 +581,24 @@ def test_paths(folder, tmp_path):
         WanVAE.from_pretrained(folder)
 
 
-def cli(*args):
-    return subprocess.run([sys.executable, module.__file__, *map(str, args)], capture_output=True, text=True)
+def test_command_line(folder, tmp_path, monkeypatch, capsys):
+    """An image of odd size is cropped to what the model takes; a mistake is one line."""
+    pixels = np.random.default_rng(0).integers(0, 255, (21, 33, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    done = subprocess.run([sys.executable, module.__file__], capture_output=True, text=True)
+    assert done.returncode == 0 and "PSNR of the round trip" in done.stdout, done.stderr
 
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vae.py", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
 
-def test_command_line(folder, tmp_path):
-    """An image of odd size, turned by EXIF, comes back in its own size; errors are one line."""
-    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 255, (21, 33, 3), dtype=np.uint8))
-    exif = pixels.getexif()
-    exif[274] = 6  # turned by a quarter
-    pixels.save(tmp_path / "in.png", exif=exif)
-    done = cli(tmp_path / "in.png", tmp_path / "out.png", "--weights", folder, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "out.png").size == (21, 33)
-    assert "1 x 33 x 21 pixels -> latents 16 x 1 x 5 x 3: 8.7 times fewer" in done.stdout and "PSNR" in done.stdout
-    bad = cli(tmp_path / "nothing.png", tmp_path / "out.png", "--weights", folder, "--device", "cpu")
-    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nothing.png" in bad.stderr
-
-
-@pytest.mark.parametrize("size", [(20, 36), (21, 33)])
-def test_clips_keep_fps_and_size(size, tmp_path):
-    """A clip written at a default rate, or resized for the codec's sake, no longer matches its source."""
-    frames = torch.randint(0, 255, (6, *size, 3), dtype=torch.uint8)
-    module.write_media(tmp_path / "clip.mp4", frames, 12.5)
-    again, fps = module.read_media(tmp_path / "clip.mp4")
-    assert again.shape == frames.shape and fps == 12.5
-    padded = module.pad(frames.movedim(-1, 0)[None].float(), WanVAE(PRESETS["tiny"]))
-    assert padded.shape == (1, 3, 9, 24, 40)
-    assert torch.equal(padded[0, :, 8, 23, 39].byte(), frames[-1, -1, -1])
+    out = run(tmp_path / "in.png", "--weights", folder)
+    assert "16 x 32 pixels -> latents (1, 16, 1, 2, 4): 12.0 to 1" in out
+    (tmp_path / "text.png").write_text("no picture")
+    for picture, weights in (("nothing.png", folder), ("text.png", folder), ("in.png", "nowhere")):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / picture, "--weights", weights)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.startswith("vae.py: ")
+        assert message.count("\n") == 1 and (picture in message or "nowhere" in message)
