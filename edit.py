@@ -8,8 +8,8 @@ size, frame count, times and sound, aligned pixel for pixel, and takes its name 
 stdout gets the names of the files written; stderr gets progress, remarks, seconds and memory.
 
 PIL reads images and animations; PyAV reads clips, and writes clips and animations. `read_frames`,
-`media_shape`, `write_image`, `write_clip` and `whole` stand alone: train.py uses them too. torch and
-the models are imported late, inside `load`, so that a mistyped option is reported at once.
+`media_shape`, `write_image`, `write_clip` and `whole` stand alone: train.py uses them too. torch
+and the models are imported late, inside `load`, so that a mistyped option is reported at once.
 """
 
 import argparse
@@ -205,9 +205,11 @@ def open_image(path):
         raise MediaError(
             f"{path} has more than {most:.0f} million pixels; scale it first"
         ) from None
-    except (MediaError, MemoryError):
+    except MediaError:
         raise
     except Exception as error:  # each decoder fails in its own way
+        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
+            raise  # PyAV has its own for sizes that a damaged file claims
         problem = f"cannot be read, or is damaged or truncated ({error})"
         raise MediaError(f"{path} {problem}") from None
 
@@ -378,28 +380,30 @@ def read_clip(path, limit=None, size=None, check=None):
         first = next(pictures, None)
         if first is None:
             raise MediaError(f"{path} has no frame that can be decoded")
-        matrix = display_matrix(first)
+        turn = sideways, _, _ = turn_of(first)
         aspect, own_size = Fraction(track.sample_aspect_ratio or 1), (first.width, first.height)
-        if is_quarter_turn(matrix):
+        if sideways:
             aspect, own_size = 1 / aspect, own_size[::-1]
         size = size or own_size
         if check:
             check(path, *size)
-        colors, layout = clip_colors(first, track), "rgba" if is_transparent(first) else "rgb24"
+        colors, components = clip_colors(first, track), first.format.components
+        transparent = first.format.has_palette or any(part.is_alpha for part in components)
+        layout = "rgba" if transparent else "rgb24"
         pictures = itertools.chain([first], pictures)
         for picture in to_rgb(pictures, layout, colors, remarks):
             if picture.pts is not None:
                 stamps.append(picture.pts * picture.time_base)
             if len(frames) == limit:  # one more frame tells how long the last one is shown
                 break
-            frame, alpha = pixels(Image.fromarray(turned(picture.to_ndarray(), matrix)))
+            frame, alpha = pixels(Image.fromarray(turned(picture.to_ndarray(), turn)))
             frames.append(fit(frame, size))
             if alpha is not None:
                 alphas.append(fit(alpha, size))
         rates = [track.guessed_rate, track.average_rate, track.base_rate]
         rates = [rate for rate in rates if rate]
         fps, times = frame_rate(stamps, len(frames), track.time_base, rates)
-        bits = max(part.bits for part in first.format.components)
+        bits = max(part.bits for part in components)
         if colors and colors[2] in HDR_TRANSFERS:
             kept = "the result keeps its label, but has 8 bits per color"
             remarks.append(f"is HDR ({HDR_TRANSFERS[colors[2]]}); {kept}")
@@ -459,29 +463,20 @@ def decode(container, track):
                 raise
 
 
-def is_transparent(picture):
-    return picture.format.has_palette or any(part.is_alpha for part in picture.format.components)
-
-
-def display_matrix(picture):
-    """(a, b, c, d) of the turn or mirroring that a clip asks for: x' = ax + cy, y' = bx + dy."""
+def turn_of(picture):
+    """How a clip is shown: (sideways, then upside down, mirrored). x' = ax + cy, y' = bx + dy."""
     data = picture.side_data.get("DISPLAYMATRIX")
     if data is None:
-        return 1, 0, 0, 1
+        return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-    return a, b, c, d
+    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
 
 
-def is_quarter_turn(matrix):
-    return abs(matrix[1]) > abs(matrix[0])
-
-
-def turned(frame, matrix):
+def turned(frame, turn):
     """Turns an array (H, W, C) by quarters and mirrors it."""
-    a, b, c, d = matrix
-    if is_quarter_turn(matrix):
-        frame, a, d = frame.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    sideways, upside_down, mirrored = turn
+    frame = frame.swapaxes(0, 1) if sideways else frame
+    return np.ascontiguousarray(frame[:: -1 if upside_down else 1, :: -1 if mirrored else 1])
 
 
 def to_rgb(pictures, layout, colors, remarks):
@@ -595,8 +590,9 @@ def unfinished_path(path):
 
 
 def sweep(folder):
-    """Removes what processes of this machine left unfinished that were killed."""
-    for file in Path(folder).glob(f".????????-{platform.node()}-*.partial"):
+    """Removes what killed processes of this machine left unfinished."""
+    leftovers = Path(folder).glob(f".????????-{platform.node()}-*.partial")
+    for file in leftovers if os.name == "posix" else ():  # elsewhere asking ends the process
         try:
             os.kill(int(file.stem.rpartition("-")[2]), 0)  # asks only
         except ProcessLookupError:
@@ -714,15 +710,15 @@ def schedule(suffix, length, fps, times):
     closer than two, those that fall on the same time are left out.
     """
     times = times[: length + 1] or [i / fps for i in range(length + 1)]
-    gaps = {later - time for time, later in zip(times, times[1:])}
+    gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
     if suffix == ".gif":
         tick = Fraction(1, 50 if min(gaps) < Fraction(1, 50) else 100)
         return tick, [round(time / tick) for time in times]
     if len(gaps) == 1:
         return 1 / fps.limit_denominator(100_000), list(range(length + 1))
     tick, stamps = Fraction(1, 90_000), [0]
-    for time in times[1:]:
-        stamps.append(max(stamps[-1] + 1, round(time / tick)))
+    for later in times[1:]:
+        stamps.append(max(stamps[-1] + 1, round(later / tick)))
     return tick, stamps
 
 
@@ -837,48 +833,47 @@ def carry(container, source, ways, end):
     if not ways:
         return
     with open_clip(source.path) as (original, _):
-        tracks, added = [original.streams[index] for index in ways], {}
+        tracks, added, heard = [original.streams[index] for index in ways], {}, set()
         for track in tracks:
-            way = ways[track.index]
-            copied = way is None
-            added[track.index] = (
-                container.add_stream_from_template(track)
-                if copied
-                else add_sound(container, track, way)
-            )
+            if ways[track.index] is None:
+                added[track.index] = container.add_stream_from_template(track)
+            else:
+                added[track.index] = add_sound(container, track, *ways[track.index])
             label(added[track.index], track)
         for packet in original.demux(tracks):
-            target, copied = added[packet.stream.index], ways[packet.stream.index] is None
+            index = packet.stream.index
             if packet.size:
                 packet.pts = packet.dts if packet.pts is None else packet.pts
                 seconds = float(packet.pts * packet.time_base - source.start)
                 lasts = float((packet.duration or 0) * packet.time_base)
                 if seconds >= end or seconds + lasts < -LEAD_IN:
                     continue
-            if not copied:
-                for frame in packet.decode():
-                    frame.pts -= round(source.start / frame.time_base)
-                    container.mux(target.encode(frame))
+            if ways[index] is not None:
+                with contextlib.suppress(av.InvalidDataError):  # a damaged packet is passed over
+                    for frame in packet.decode():
+                        frame.pts -= round(source.start / frame.time_base)
+                        container.mux(added[index].encode(frame))
+                        heard.add(index)
             elif packet.size:
                 shift = round(source.start / packet.time_base)
                 packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                packet.stream = target
+                packet.stream = added[index]
                 container.mux(packet)
-        for track in tracks:
-            if ways[track.index] is not None:
-                container.mux(added[track.index].encode(None))
+        for index in ways:
+            if ways[index] is not None:
+                container.mux(added[index].encode(None))
+                if index not in heard:
+                    raise ValueError("no sound can be decoded")
 
 
-def add_sound(container, track, way):
+def add_sound(container, track, codec, layout):
     """Adds a sound track that is coded anew."""
-    codec, layout = way
-    rate = track.codec_context.rate
-    added = container.add_stream(
-        codec, rate if rate in av.Codec(codec, "w").audio_rates else 48_000
-    )
-    added.codec_context.layout = layout
-    added.codec_context.bit_rate = 96_000 * added.codec_context.layout.nb_channels
-    added.codec_context.flags |= av.codec.context.Flags.bitexact
+    rates, rate = av.Codec(codec, "w").audio_rates, track.codec_context.rate
+    added = container.add_stream(codec, rate if rate in rates else 48_000)
+    context = added.codec_context
+    context.layout = layout
+    context.bit_rate = 96_000 * context.layout.nb_channels
+    context.flags |= av.codec.context.Flags.bitexact
     return added
 
 
@@ -988,8 +983,8 @@ def width_by_height(text):
 
 EPILOG = f"""\
 Formats: {" ".join(IMAGE_OPTIONS)} for an image; {" ".join(CLIP_OPTIONS)}
-for a clip (.png is APNG, lossless). Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all. The model sees
-transparent pictures on white; {" ".join(TRANSPARENT_CLIP_OPTIONS)} keep their transparency.
+for a clip (.png is APNG, lossless). Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all.
+The model sees transparent pictures on white; {" ".join(TRANSPARENT_CLIP_OPTIONS)} keep their transparency.
 A clip with an odd side keeps it, in .mp4, .mov and .mkv as H.264 4:4:4, which few players show."""
 
 
@@ -1201,9 +1196,7 @@ def load(args):
     if args.compile:
         compile_blocks(model.dit)
     if not model.trained:
-        note(
-            f"warning: there is no instructx/ in {args.weights}, so queries and connector are random"
-        )
+        note(f"warning: {args.weights} has no instructx/: queries and connector are random")
     return model, device
 
 
