@@ -394,6 +394,7 @@ def read_clip(path, limit=None, size=None, check=None):
         for picture in to_rgb(pictures, layout, colors, remarks):
             if picture.pts is not None:
                 stamps.append(picture.pts * picture.time_base)
+            lasts = (picture.duration or 0) * picture.time_base
             if len(frames) == limit:  # one more frame tells how long the last one is shown
                 break
             frame, alpha = pixels(Image.fromarray(turned(picture.to_ndarray(), turn)))
@@ -402,7 +403,7 @@ def read_clip(path, limit=None, size=None, check=None):
                 alphas.append(fit(alpha, size))
         rates = [track.guessed_rate, track.average_rate, track.base_rate]
         rates = [rate for rate in rates if rate]
-        fps, times = frame_rate(stamps, len(frames), track.time_base, rates)
+        fps, times = frame_rate(stamps, len(frames), lasts, track.time_base, rates)
         bits = max(part.bits for part in components)
         if colors and colors[2] in HDR_TRANSFERS:
             kept = "the result keeps its label, but has 8 bits per color"
@@ -538,11 +539,12 @@ def default_colors(width, height):
     return BT709 if width > 1024 or height > 576 else BT601
 
 
-def frame_rate(stamps, count, tick, rates):
+def frame_rate(stamps, count, lasts, tick, rates):
     """The rate of a clip -> (frames per second, ()), or (their average, times) where it varies.
 
     Args:
         stamps: seconds of the `count` frames, perhaps of one more; [] where there are none.
+        lasts: seconds that the last of them is shown, or 0.
         tick: seconds to which they are rounded; Matroska's 1 ms does not tell 29.97 from
             30000/1001. So a rate that agrees with every time stamp is taken for the true one.
         rates: what the file says, most trusted first.
@@ -558,7 +560,7 @@ def frame_rate(stamps, count, tick, rates):
         if all(abs(time - i / rate) <= tick for i, time in enumerate(times)):
             return rate, ()
     if len(times) == count:
-        times.append(times[-1] + times[-1] / (count - 1))
+        times.append(times[-1] + (lasts or times[-1] / (count - 1)))
     return (count / times[-1]).limit_denominator(100_000), tuple(times)
 
 
@@ -984,8 +986,9 @@ def width_by_height(text):
 EPILOG = f"""\
 Formats: {" ".join(IMAGE_OPTIONS)} for an image; {" ".join(CLIP_OPTIONS)}
 for a clip (.png is APNG, lossless). Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all.
-The model sees transparent pictures on white; {" ".join(TRANSPARENT_CLIP_OPTIONS)} keep their transparency.
-A clip with an odd side keeps it, in .mp4, .mov and .mkv as H.264 4:4:4, which few players show."""
+The model sees transparent pictures on white;
+{" ".join(TRANSPARENT_CLIP_OPTIONS)} keep their transparency. A clip with an odd side keeps
+it, in .mp4, .mov and .mkv as H.264 4:4:4, which not every player shows."""
 
 
 def parser():

@@ -1,6 +1,5 @@
 """edit.py as a user meets it: what comes out lies on what went in; what cannot be is one line."""
 
-import io
 import json
 import os
 import re
@@ -126,7 +125,7 @@ def shell(*arguments, **settings):
 
 
 def test_image_from_a_shell(tiny_weights, photo, tmp_path):
-    """stdout must be usable in a script: the path and nothing else, also where the locale knows no umlauts."""
+    """stdout must be usable in a script: the path and nothing else, in any locale."""
     output = tmp_path / "schön.jpg"
     arguments = (photo, "make it night", "-o", output, "--weights", tiny_weights, "--steps", 2)
     done = shell(*arguments, env={**os.environ, "PYTHONIOENCODING": "ascii"}, encoding="utf-8")
@@ -224,7 +223,7 @@ def overwrite(name, text):
     ],
 )
 def test_bad_weights_are_one_clear_line(damage, said, tiny_weights, photo, tmp_path, capsys):
-    """An interrupted download is common: it must be named, and not be a traceback or a random model."""
+    """An interrupted download is common; it must not be a traceback or a random model."""
     shutil.copytree(tiny_weights, tmp_path / "weights")
     damage(tmp_path / "weights")
     options = ("-o", tmp_path / "out.png", "--weights", tmp_path / "weights")
@@ -245,7 +244,7 @@ def test_device_that_is_not_there(device, tiny_weights, photo, tmp_path, capsys)
     "number, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_interrupt_leaves_nothing(tiny_weights, clip, tmp_path, number, code, said):
-    """Ctrl-C, or `timeout`, in the middle: no traceback, the usual exit code, the old file as it was."""
+    """Ctrl-C, or `timeout`: no traceback, the usual exit code, the old file as it was."""
     output = tmp_path / "out.mp4"
     output.write_bytes(b"the result of an earlier run")
     options = ("-o", output, "--frames", "9", "--weights", tiny_weights, "--steps", "1000")
@@ -281,7 +280,7 @@ def test_bad_options_are_told_before_torch_is_loaded(tmp_path):
 
 
 def test_output_has_a_name_by_default(negative, photo, clip, tmp_path, capsys):
-    """Nobody should have to invent a name, and no earlier result be lost to one that nobody gave."""
+    """Nobody should have to invent a name, or lose a result to one that nobody gave."""
     code, out, _ = run(capsys, photo, "x", "--compare", "--weights", tmp_path)
     names = [str(tmp_path / name) for name in ("photo-edited.png", "photo-edited_compare.png")]
     assert code == 0 and out == names
@@ -338,7 +337,7 @@ def test_files_have_the_usual_permissions(negative, photo, clip, tmp_path, capsy
 
 
 def test_links_are_followed_and_leftovers_removed(negative, photo, tmp_path, capsys):
-    """A result that takes the place of a link loses its file; what kill -9 left would stay for good."""
+    """A result in the place of a link leaves its file; what kill -9 left would stay for good."""
     (tmp_path / "store").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "store" / "real.png")
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
@@ -472,7 +471,7 @@ PLACES = ("empty instruction", "no quotes", "several files", "swapped")
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_clear_line(case, monkeypatch, tmp_path, capsys):
-    """A traceback, a usage page or a half-written file instead of the reason; or only after the work."""
+    """A traceback, a usage page or half a file instead of the reason; or only after the work."""
     make, arguments, said = BAD[case]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(edit, "load", lambda args: pytest.fail("the model should not be loaded"))
@@ -873,7 +872,7 @@ def test_surround_to_webm(tmp_path, layout, codec):
 
 
 def test_a_track_that_nobody_can_decode(negative, tmp_path, capsys):
-    """An iPhone records "spatial audio" beside AAC: it is left out aloud, and the AAC goes along."""
+    """An iPhone records "spatial audio" beside AAC: only that is left out, and aloud."""
     tones = [("-f", "lavfi", "-i", f"sine={tone}") for tone in (440, 880)]
     picture = ("-f", "lavfi", "-i", "testsrc=s=64x48:r=10")
     maps = ("-map", 0, "-map", 1, "-map", 2, "-t", "0.5", *H264, "-c:a", "aac")
