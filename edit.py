@@ -672,9 +672,10 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
         note(f"{suffix} is written with square pixels; those of {source.path} are not")
     layout = "rgba" if transparent else "rgb24"
     try:
+        lasts = (stamps[-1] - stamps[-2]) * tick
         with (
             whole(path) as unfinished,
-            open_output(unfinished, suffix, options, source) as container,
+            open_output(unfinished, suffix, options[0], source.loop, lasts) as container,
         ):
             track = add_pictures(container, options, shape, Fraction(fps), tick, source)
             if source.start is not None and suffix not in ANIMATIONS:
@@ -698,6 +699,12 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                 picture.pts, picture.time_base = stamps[i], tick
                 if stamps[i] not in stamps[:i]:
                     mux(pulled(graph, picture))
+                # WebP shows the last frame as long as the average of all others. If it should be
+                # longer, it is sent again, at the time from which the average reaches the end.
+                again = round(stamps[-1] * length / (length + 1))
+                if suffix == ".webp" and i + 1 == length and again > stamps[i] + 1:
+                    picture.pts = again
+                    mux(pulled(graph, picture))
 
             yield write
             mux([*pulled(graph, None), None])
@@ -715,7 +722,8 @@ def schedule(suffix, length, fps, times):
     gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
     if suffix == ".gif":
         tick = Fraction(1, 50 if min(gaps) < Fraction(1, 50) else 100)
-        return tick, [round(time / tick) for time in times]
+        stamps = [round(time / tick) for time in times]
+        return tick, [*stamps[:-1], max(stamps[-1], stamps[-2] + 1)]
     if len(gaps) == 1:
         return 1 / fps.limit_denominator(100_000), list(range(length + 1))
     tick, stamps = Fraction(1, 90_000), [0]
@@ -724,19 +732,22 @@ def schedule(suffix, length, fps, times):
     return tick, stamps
 
 
-def open_output(path, suffix, options, source):
-    """The container of a clip, without version numbers and random ids."""
-    loop = -1 if suffix == ".gif" and source.loop == 1 else source.loop  # -1: plays once
-    settings = {
-        ".gif": {"loop": str(loop)},
-        ".webp": {"loop": str(loop)},
-        ".png": {"plays": str(loop)},
-        ".mp4": {"movflags": "faststart"},
-        ".mov": {"movflags": "faststart"},
-    }.get(suffix, {})
-    if suffix not in ANIMATIONS:
-        settings["max_interleave_delta"] = "0"  # sound waits for pictures, which come much later
-    container = av.open(str(path), "w", options[0], container_options=settings)
+def open_output(path, suffix, container, loop, lasts):
+    """The container of a clip, without version numbers and random ids.
+
+    Args:
+        loop: how often an animation plays; 0: for ever.
+        lasts: seconds that the last frame is shown.
+    """
+    settings = {"max_interleave_delta": "0"}  # sound waits for pictures, which come much later
+    if suffix in (".mp4", ".mov"):
+        settings["movflags"] = "faststart"
+    elif suffix == ".png":
+        settings = {"plays": str(loop), "final_delay": str(lasts.limit_denominator(1000))}
+    elif suffix in ANIMATIONS:
+        once = -1 if suffix == ".gif" else 1
+        settings = {"loop": str(once if loop == 1 else loop)}
+    container = av.open(str(path), "w", container, container_options=settings)
     container.flags |= av.container.Flags.bitexact.value
     return container
 

@@ -496,15 +496,15 @@ def test_no_input_is_lost(negative, tmp_path, capsys):
     """A reference, or an input with the name of --compare's file, must not be written over."""
     for name in ("a.png", "b.png", "b_compare.png"):
         FINE(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.png")
     a, b, compared = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "b_compare.png"
     for arguments, said in (
         ((a, "x", "-o", b, "--ref", b), "b.png is an input"),
         ((compared, "x", "-o", b, "--compare"), "b_compare.png is an input"),
-        ((a, "x", "-o", "/dev/null.png"), "cannot be written|no folder|known"),
+        ((a, "x", "-o", tmp_path / "pipe.png"), "pipe.png is a folder or a device"),
     ):
         code, out, err = run(capsys, *arguments, "--weights", tmp_path)
-        if "/dev" not in str(arguments):
-            assert code == 2 and not out and err.count("\n") == 1 and said in err
+        assert code == 2 and not out and err.count("\n") == 1 and said in err
     assert {Image.open(path).size for path in (a, b, compared)} == {(32, 32)}
 
 
@@ -567,7 +567,7 @@ def test_photo_turned_by_exif(negative, tmp_path, capsys):
 
 
 def test_exif_that_does_not_fit(negative, photo, tmp_path, capsys):
-    """Workflows of 90 KB in a WebP's EXIF end in an error after the work; an empty block is litter."""
+    """90 KB of EXIF, such as a workflow, end in an error after the work; an empty block is litter."""
     exif = Image.Exif()
     exif[0x0110] = "prompt:" + '{"node": 1}' * 8000
     Image.open(photo).save(tmp_path / "in.webp", exif=exif)
@@ -750,7 +750,7 @@ def test_varying_frame_rate(tmp_path, suffix):
     assert not source.steady and not result.steady and len(source.frames) == 20
     assert result.frames.shape == source.frames.shape
     moved = [abs(a - b) for a, b in zip(source.times, result.times)]
-    assert max(moved[:-1]) <= Fraction(1, 100 if suffix == ".gif" else 500) and moved[-1] < 0.04
+    assert max(moved[:-1]) <= Fraction(1, 100 if suffix == ".gif" else 500) and moved[-1] < 0.02
 
 
 def test_trimmed_by_an_edit_list(tmp_path):
@@ -892,7 +892,7 @@ def test_a_track_that_nobody_can_decode(negative, tmp_path, capsys):
 
 @pytest.mark.parametrize("suffix", ["mp4", "ts", "mpg", "mkv"])
 def test_sound_keeps_its_offset(tmp_path, suffix):
-    """In transport streams time does not start at 0; sound moved by half a second was the result."""
+    """In transport streams time does not start at 0: sound was moved by half a second."""
     coding = ("-c", "copy")
     if suffix == "mpg":
         coding = ("-c:v", "mpeg2video", "-r", 25, "-c:a", "mp2")
@@ -1093,17 +1093,14 @@ def test_alpha_durations_and_loops_of_animations(negative, tmp_path, suffix, cap
         rgba = np.zeros((48, 64, 4), np.uint8)
         rgba[10:30, 5 + 4 * i : 30 + 4 * i] = (220, 30, 30, 255)
         frames.append(Image.fromarray(rgba))
-    durations, more = [100, 50, 200, 100], {"disposal": 2} if suffix == ".gif" else {}
+    durations, more = [100, 50, 200, 900], {"disposal": 2} if suffix == ".gif" else {}
     settings = {"save_all": True, "append_images": frames[1:], "duration": durations, **more}
     frames[0].save(tmp_path / f"a{suffix}", loop=3, lossless=True, **settings)
     options = ("-o", tmp_path / f"b{suffix}", "--weights", tmp_path)
     assert run(capsys, tmp_path / f"a{suffix}", "x", *options)[0] == 0
     before, after = (read_frames(tmp_path / f"{name}{suffix}") for name in "ab")
     assert after.loop == before.loop == 3 and np.array_equal(after.alpha, before.alpha)
-    assert (
-        after.times[:4]
-        == before.times[:4]
-        == (0, Fraction(1, 10), Fraction(3, 20), Fraction(7, 20))
-    )
+    assert before.times == tuple(Fraction(n, 100) for n in (0, 10, 15, 35, 125))
+    assert all(abs(a - b) < 0.003 for a, b in zip(before.times, after.times, strict=True))
     inside = before.alpha[0] == 255
     assert difference(after.frames[0][inside], 255 - before.frames[0][inside]) < 4
