@@ -567,7 +567,7 @@ def test_photo_turned_by_exif(negative, tmp_path, capsys):
 
 
 def test_exif_that_does_not_fit(negative, photo, tmp_path, capsys):
-    """90 KB of EXIF, such as a workflow, end in an error after the work; an empty block is litter."""
+    """90 KB of EXIF, such as a workflow, fail after the work, and an empty block is litter."""
     exif = Image.Exif()
     exif[0x0110] = "prompt:" + '{"node": 1}' * 8000
     Image.open(photo).save(tmp_path / "in.webp", exif=exif)
