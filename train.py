@@ -54,10 +54,12 @@ CLIP_NORM = 1.0  # largest norm of the gradient
 WEIGHT_DECAY = 0.01  # of matrices
 SAVE_MINUTES = 10  # a checkpoint is written at least this often
 KEEP = 2  # checkpoints
+REPORTED = 20  # broken pairs that are named on the terminal; metrics.jsonl counts all
 PATIENCE = 10  # unusable steps in a row that end a run
 READERS = 2  # threads that read ahead
 HELD_OUT, RENDERED, DRAWS = 32, 8, 4  # edits of --validate: for the loss, as pictures; noises each
-SIGMA_BINS = 4
+SIGMA_BINS = 4  # of the curves of the loss by σ
+IS_FIRST = os.environ.get("RANK", "0") == "0"  # of several processes, this one writes and speaks
 
 
 def settings(arguments=None):
@@ -241,33 +243,32 @@ def read_lines(file):
 
 
 class Sizes:
-    """(frames, height, width, rate) of media files, read once and remembered in a JSON file.
+    """(frames, height, width, rate) of media files, remembered in a JSON file.
 
-    What is remembered counts as long as a media file's size and time stay the same.
+    An entry holds for one path, size and time of a media file.
     """
 
     def __init__(self, file):
-        self.file, self.changed, self.known = file, False, {}
-        with contextlib.suppress(OSError, ValueError, TypeError):  # damaged: all are read again
+        self.file, self.known = file, {}
+        with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or damaged
             self.known = dict(json.loads(file.read_text()))
+        self.count = len(self.known)
 
     def __call__(self, path):
         if not path.is_file() and not path.is_dir():
-            raise MediaError(
-                f"{path} is no file or folder" if path.exists() else f"{path} does not exist"
-            )
-        stamp = [path.stat().st_size, path.stat().st_mtime_ns]
-        entry = self.known.get(str(path))
-        if not isinstance(entry, list) or len(entry) != 6 or entry[:2] != stamp:
+            problem = "is no file and no folder" if path.exists() else "does not exist"
+            raise MediaError(f"{path} {problem}")
+        stat = path.stat()
+        key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
+        if key not in self.known:
             frames, height, width = media_shape(path)
             is_video_file = frames > 1 and path.is_file()
             rate = float(read_frames(path, limit=1).fps or 0) if is_video_file else 0.0
-            entry = self.known[str(path)] = [*stamp, frames, height, width, rate]
-            self.changed = True
-        return tuple(entry[2:])
+            self.known[key] = [frames, height, width, rate]
+        return self.known[key]
 
     def save(self):
-        if self.changed:
+        if len(self.known) > self.count:
             keep_file(self.file, json.dumps(self.known).encode())
 
 
@@ -279,7 +280,7 @@ def keep_file(file, content):
             partial.write_bytes(content)
         return True
     except OSError as error:
-        print(f"train.py: {file} could not be written ({error}); going on without", file=sys.stderr)
+        say(f"{file} could not be written ({error}); going on without the cache")
         return False
 
 
@@ -293,7 +294,7 @@ class Pairs:
 
     def __init__(self, args, files, multiple, stride):
         self.args, self.multiple, self.stride = args, multiple, stride
-        self.pairs, self.broken = [], {}  # broken: {file and line: why}
+        self.pairs, self.broken, self.reported = [], {}, 0  # broken: {file and line: why}
         self.buckets = {False: {}, True: {}}  # {is_video: {shape: [number in pairs]}}
         for file in files:
             for pair in read_lines(file):
@@ -316,6 +317,13 @@ class Pairs:
                 bucket = shape if args.stage > 1 else shape[:1]  # stage 1: the DiT sees the target
                 self.buckets[shape[0][0] > 1].setdefault(bucket, []).append(i)
         self.orders = functools.lru_cache(maxsize=4)(self.order)
+
+    def report(self, silent=False):
+        """Names the broken pairs that have not been named yet, as long as they are few."""
+        for problem in list(self.broken.values())[self.reported : REPORTED]:
+            if not silent:
+                tqdm.write(f"train.py: left out: {problem}", file=sys.stderr)
+        self.reported = len(self.broken)
 
     def summary(self):
         images, clips = (sum(map(len, self.buckets[video].values())) for video in (False, True))
@@ -511,9 +519,9 @@ class Sample:
 class Loader:
     """Reads samples: of each chunk of a step those that fall to this process."""
 
-    def __init__(self, args, model, pairs, latents, rank=0, processes=1):
+    def __init__(self, args, model, pairs, latents, processes):
         self.args, self.model, self.pairs, self.latents = args, model, pairs, latents
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes = processes.rank, processes.count
 
     def step(self, step):
         """What a step needs from disk: (is_video, [[Sample]]). No list is empty."""
@@ -693,12 +701,12 @@ def make_optimizers(parameters, args):
 def learning_rate(step, args, highest):
     """Linear warm-up, then constant, or falling to 0 along a line or a cosine."""
     if step < args.warmup:
-        return highest * (step + 1) / args.warmup
+        return highest * ((step + 1) / args.warmup)
     done = min(1, (step + 1 - args.warmup) / max(1, args.steps - args.warmup))
     if args.schedule == "linear":
         return highest * (1 - done)
     if args.schedule == "cosine":
-        return highest * (1 + math.cos(math.pi * done)) / 2
+        return highest * ((1 + math.cos(math.pi * done)) / 2)
     return highest
 
 
@@ -706,7 +714,7 @@ def learning_rate(step, args, highest):
 
 
 def train(args, build, validate):
-    """Runs a stage to its end, from the last checkpoint if there is one -> the result's folder."""
+    """Runs a stage to its end, from its last checkpoint if there is one -> the result's folder."""
     processes = Processes(args.device)
     model = build(args)
     processes.shard(model)
@@ -714,25 +722,36 @@ def train(args, build, validate):
     model.mllm.gradient_checkpointing = args.gradient_checkpointing
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(parameters, args)
-
     pairs = read_pairs(args, args.data, model, processes)
     held_out = read_held_out(args, model, processes) if args.validate else []
-    latents = Latents(model.vae, args.cache)
-    loader = Loader(args, model, pairs, latents, processes.rank, processes.count)
+    loader = Loader(args, model, pairs, Latents(model.vae, args.cache), processes)
     checkpoints = Checkpoints(args, parameters, optimizers, pairs.digest, processes)
-    first_step, unusable = checkpoints.resume()
-    log = Log(args, first_step, pairs, parameters, processes)
+    first_step = checkpoints.resume()
+    metrics = Metrics(args.out / "metrics.jsonl", first_step)
+    weights = sum(p.numel() for p in parameters.values()) / 1e6
+    pairs.report(silent=not IS_FIRST)
+    say(f"{pairs.summary()}; {weights:.2f} M weights train")
     if held_out and first_step == 0:
-        log.validation(0, validate(args, model, loader, held_out, 0))
+        metrics.write({"step": 0, "held_out": validate(args, model, loader, held_out, 0)})
 
+    unusable_steps, began = 0, time.perf_counter()
     batches = read_ahead(loader.step, first_step, args.steps)
+    bar = tqdm(
+        batches,
+        f"stage {args.stage}",
+        args.steps,
+        initial=first_step,
+        disable=None if IS_FIRST else True,
+    )
     with stop_signals() as signals:
-        for step, (video, chunks) in log.progress(batches):
+        for step, (video, chunks) in bar:
+            waited = time.perf_counter() - began
+
             # The gradient of the mean loss over the samples of all processes.
             count = sum(processes.gather(sum(s.weight for samples in chunks for s in samples)))
             results = []
             for samples in chunks:
-                losses, sigma = sample_losses(model, latents, samples, video, args)  # (B,), (B,)
+                losses, sigma = sample_losses(model, loader.latents, samples, video, args)  # (B,)
                 weights = torch.tensor([s.weight for s in samples], device=losses.device)
                 loss = (losses * weights).sum() * processes.count / max(1, count)
                 loss.backward()
@@ -740,39 +759,50 @@ def train(args, build, validate):
             norm = clip_gradients(parameters, processes)
 
             # One step of the optimizers. Where anything is not finite, nothing changes.
-            mine = [
-                (s.place, float(loss), float(level), s.where)
+            rows = [
+                (s.place, loss.item(), level.item(), s.where)
                 for s, loss, level in results
                 if s.weight
             ]
-            rows = sorted(row for rows in processes.gather(mine) for row in rows)
-            values = [norm, *(loss for _, loss, _, _ in rows)]
-            usable = bool(rows) and all(map(math.isfinite, values))
+            rows = sorted(row for part in processes.gather(rows) for row in part)
+            usable = bool(rows) and all(map(math.isfinite, [norm, *(row[1] for row in rows)]))
             for optimizer, highest in zip(optimizers, (args.lr, args.muon_lr)):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args, highest)
                 if usable:
                     optimizer.step()
             model.zero_grad()
-            unusable = 0 if usable else unusable + 1
-            log.step(step, video, rows, norm, learning_rate(step, args, args.lr), usable)
-            if unusable == PATIENCE:
-                raise TrainingError(f"{PATIENCE} unusable steps in a row; {log.complaint(step)}")
+
+            # What becomes of it: a line, and now and then a validation and a checkpoint.
+            figures = {"step": step, "video": video, **figures_of(rows), "gradient": norm}
+            figures |= {"lr": learning_rate(step, args, args.lr), "used": usable}
+            pairs.report()
+            figures |= {"broken": len(pairs.broken), "memory": memory(processes.device)}
+            seconds = time.perf_counter() - began
+            metrics.write(figures | {"seconds": round(seconds, 3), "waited": round(waited, 3)})
+            bar.set_postfix(loss=figures["loss"], gradient=norm, refresh=False)
+            unusable_steps = 0 if usable else unusable_steps + 1
+            if not usable:
+                complain(step, rows, norm, pairs, unusable_steps)
 
             done = step + 1
-            last, stopping = done == args.steps, any(processes.gather(bool(signals)))
-            if held_out and (last or done % args.validate_every == 0):
-                log.validation(done, validate(args, model, loader, held_out, done))
-            if last or stopping or done % args.save_every == 0 or checkpoints.overdue():
-                checkpoints.save(done, unusable)
-                log.draw()
-            if stopping and not last:
+            is_last, stopping = done == args.steps, processes.any(signals)
+            if held_out and (is_last or done % args.validate_every == 0):
+                losses = validate(args, model, loader, held_out, done)
+                metrics.write({"step": done, "held_out": losses})
+            if processes.any(
+                is_last or stopping or done % args.save_every == 0 or checkpoints.overdue()
+            ):
+                checkpoints.save(done)
+                metrics.draw()
+                say(f"step {done} of {args.steps}: loss {figures['loss']}, checkpoint written")
+            if stopping and not is_last:
                 raise Stopped(done, *signals)
+            began = time.perf_counter()
 
-    export(args, model, processes)
-    checkpoints.mark_exported(args.steps)
+    result = export(args, model, processes)
     processes.close()
-    return args.out / "instructx"
+    return result
 
 
 def clip_gradients(parameters, processes):
@@ -816,7 +846,7 @@ def validate(args, model, loader, held_out, step):
                 read(pair.target, shape[0])[0],
             )
         )
-    if loader.rank == 0:
+    if IS_FIRST:
         file = args.out / "validation" / f"step-{step:07d}.png"
         file.parent.mkdir(exist_ok=True)
         with whole(file) as partial:
@@ -840,10 +870,10 @@ def render(args, model, loader, pair, shape):
 
 def read_pairs(args, files, model, processes):
     """The edits of data files. The first process looks up sizes, the others find what it wrote."""
-    if processes.rank > 0:
+    if not IS_FIRST:
         processes.wait()
     pairs = Pairs(args, files, model.multiple(), model.vae.temporal_stride)
-    if processes.rank == 0:
+    if IS_FIRST:
         processes.wait()
     if not any(pairs.buckets.values()):
         reason = next(iter(pairs.broken.values()), f"stage {args.stage} takes images alone")
@@ -863,138 +893,90 @@ def read_held_out(args, model, processes):
 # What the person who trains sees.
 
 
-class Log:
-    """metrics.jsonl, a line for each step and each validation; curves.png; and the terminal.
+def say(text):
+    """One line on stderr, from the first process alone and above a progress bar."""
+    if IS_FIRST:
+        tqdm.write(f"train.py: {text}", file=sys.stderr)
 
-    Resuming drops the lines after the checkpoint: those steps run again. Only the first process
-    writes.
-    """
 
-    def __init__(self, args, first_step, pairs, parameters, processes):
-        self.args, self.first_step, self.pairs = args, first_step, pairs
-        self.is_first, self.device = processes.rank == 0, processes.device
-        self.file, self.rows = args.out / "metrics.jsonl", []
-        self.named = len(pairs.broken)
-        self.bar = tqdm(
-            desc=f"stage {args.stage}",
-            initial=first_step,
-            total=args.steps,
-            disable=None if self.is_first else True,
-        )
-        if not self.is_first:
-            return
-        for problem in list(pairs.broken.values())[:10]:
-            self.print(f"left out: {problem}")
-        count = sum(p.numel() for p in parameters.values())
-        self.print(f"{pairs.summary()}; {count / 1e6:.2f} M weights train")
-        self.rows = list(self.read_rows(first_step))
-        with whole(self.file) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.stream = self.file.open("a", buffering=1)
+def complain(step, rows, norm, pairs, unusable_steps):
+    """Says why a step changed nothing. Raises TrainingError when there were PATIENCE in a row."""
+    if rows:
+        files = ", ".join(where for _, _, _, where in rows)
+        loss = figures_of(rows)["loss"]
+        reason = f"loss {loss}, gradient {norm}; its batch: {files}"
+    else:
+        broken = next(iter(pairs.broken.values()), "by other processes")
+        reason = f"no sample could be read ({broken})"
+    say(f"step {step} skipped: {reason}")
+    if unusable_steps == PATIENCE:
+        text = f"{PATIENCE} unusable steps in a row, the last is step {step}: {reason}"
+        raise TrainingError(text)
 
-    def read_rows(self, first_step):
-        """Yields the lines of metrics.jsonl that a run from `first_step` on leaves as they are."""
-        text = self.file.read_text(errors="replace") if self.file.exists() else ""
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # killed inside a line
-                row = json.loads(line)
-                if row["step"] < first_step + ("held_out" in row and first_step > 0):
-                    yield row
 
-    def print(self, text):
-        self.bar.write(f"train.py: {text}", file=sys.stderr)
-
-    def progress(self, batches):
-        """Passes batches on and notes how long each was waited for."""
-        with self.bar:
-            self.began = time.perf_counter()
-            for batch in batches:
-                self.waited = time.perf_counter() - self.began
-                yield batch
-                self.bar.update()
-                self.began = time.perf_counter()
-
-    def step(self, step, video, rows, norm, lr, usable):
-        """Notes a step. rows: [(place, loss, σ, file and line)], one for each sample."""
-        bins = [[] for _ in range(SIGMA_BINS)]
-        for _, loss, sigma, _ in rows:
-            bins[min(SIGMA_BINS - 1, int(sigma * SIGMA_BINS))].append(loss)
-        loss = mean([loss for _, loss, _, _ in rows])
-        seconds = time.perf_counter() - self.began + self.waited
-        self.last, self.samples = (loss, norm), [where for _, _, _, where in rows]
-        self.write(
-            {
-                "step": step,
-                "video": video,
-                "samples": len(rows),
-                "loss": loss,
-                "by_sigma": [mean(losses) for losses in bins],
-                "gradient": norm,
-                "lr": lr,
-                "used": usable,
-                "broken": len(self.pairs.broken),
-                "seconds": round(seconds, 3),
-                "waited": round(self.waited, 3),
-                "memory": memory(self.device),
-                "samples_per_second": round(len(rows) / seconds, 2),
-            }
-        )
-        self.bar.set_postfix(loss=loss, gradient=norm, refresh=False)
-        for problem in list(self.pairs.broken.values())[self.named :][:10]:
-            self.print(f"left out: {problem}")
-        self.named = len(self.pairs.broken)
-        if not usable and self.is_first:
-            self.print(f"step skipped: {self.complaint(step)}")
-
-    def complaint(self, step):
-        if not self.samples:
-            reason = next(iter(self.pairs.broken.values()), "by other processes")
-            return f"step {step}: no sample could be read ({reason})"
-        loss, norm = self.last
-        return f"step {step}: loss {loss}, gradient {norm}; its batch: {', '.join(self.samples)}"
-
-    def validation(self, step, losses):
-        """Notes the held-out losses after `step` steps, {name of a curve: loss}."""
-        self.write({"step": step, "held_out": losses})
-        if self.is_first:
-            values = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-            self.print(f"step {step}: held-out loss: {values}")
-
-    def write(self, row):
-        if self.is_first:
-            self.rows.append(row)
-            self.stream.write(json.dumps(row) + "\n")
-
-    def draw(self):
-        """Writes curves.png: losses, loss by σ, norm of the gradient, learning rate."""
-        steps = [row for row in self.rows if "loss" in row]
-        if not self.is_first:
-            return
-        losses = {"images": [], "clips": []}
-        for row in steps:
-            losses["clips" if row["video"] else "images"].append((row["step"], row["loss"]))
-        for row in self.rows:
-            for name, loss in row.get("held_out", {}).items():
-                losses.setdefault(f"held-out {name}", []).append((row["step"], loss))
-        by_sigma = {}
-        for i in range(SIGMA_BINS):
-            name = f"{i / SIGMA_BINS:.2f} to {(i + 1) / SIGMA_BINS:.2f}"
-            by_sigma[name] = [(row["step"], row["by_sigma"][i]) for row in steps]
-        page = Image.new("RGB", (1200, 800), "white")
-        draw = ImageDraw.Draw(page)
-        panel(draw, (0, 0), "loss", losses)
-        panel(draw, (600, 0), "loss by sigma", by_sigma)
-        gradients = {"": [(row["step"], row["gradient"]) for row in steps]}
-        panel(draw, (0, 400), "norm of the gradient", gradients)
-        panel(draw, (600, 400), "learning rate", {"": [(row["step"], row["lr"]) for row in steps]})
-        with whole(self.file.with_name("curves.png")) as partial:
-            page.save(partial, format="PNG")
-        if not sys.stderr.isatty():  # there is no bar
-            self.print(f"step {steps[-1]['step'] + 1} of {self.args.steps}, loss {self.last[0]}")
+def figures_of(rows):
+    """Number of samples, mean loss, and mean loss by σ of a step's [(place, loss, σ, where)]."""
+    losses, by_sigma = [], [[] for _ in range(SIGMA_BINS)]
+    for _, loss, sigma, _ in rows:
+        losses.append(loss)
+        by_sigma[min(SIGMA_BINS - 1, int(sigma * SIGMA_BINS))].append(loss)
+    by_sigma = [mean(losses_there) for losses_there in by_sigma]
+    return {"samples": len(rows), "loss": mean(losses), "by_sigma": by_sigma}
 
 
 def mean(values):
     return sum(values) / len(values) if values else None
+
+
+class Metrics:
+    """metrics.jsonl, a line for each step and each validation, and curves.png beside it.
+
+    Resuming drops the lines after the checkpoint: those steps run again.
+    """
+
+    def __init__(self, file, first_step):
+        self.file, self.rows = file, []
+        text = file.read_text(errors="replace") if file.exists() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # killed inside a line
+                row = json.loads(line)
+                validated = "held_out" in row and first_step > 0
+                if row["step"] < first_step + validated:
+                    self.rows.append(row)
+        if IS_FIRST:
+            with whole(file) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, row):
+        self.rows.append(row)
+        if IS_FIRST:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+    def draw(self):
+        """Draws loss of training and of held-out edits, loss by σ, gradient and learning rate."""
+        losses = {"images": [], "clips": []}
+        by_sigma = {f"{i / SIGMA_BINS:.2f} and more": [] for i in range(SIGMA_BINS)}
+        gradients, rates = [], []
+        for row in self.rows:
+            step = row["step"]
+            for name, loss in row.get("held_out", {}).items():
+                losses.setdefault(f"held-out {name}", []).append((step, loss))
+            if "loss" in row:
+                losses["clips" if row["video"] else "images"].append((step, row["loss"]))
+                for curve, loss in zip(by_sigma.values(), row["by_sigma"]):
+                    curve.append((step, loss))
+                gradients.append((step, row["gradient"]))
+                rates.append((step, row["lr"]))
+        page = Image.new("RGB", (1200, 800), "white")
+        draw = ImageDraw.Draw(page)
+        panel(draw, (0, 0), "loss", losses)
+        panel(draw, (600, 0), "loss by sigma", by_sigma)
+        panel(draw, (0, 400), "norm of the gradient", {"": gradients})
+        panel(draw, (600, 400), "learning rate", {"": rates})
+        if IS_FIRST:
+            with whole(self.file.with_name("curves.png")) as partial:
+                page.save(partial, format="PNG")
 
 
 def memory(device):
@@ -1075,11 +1057,11 @@ class Checkpoints:
     Each process writes its part as safetensors; any number of processes can go on from them.
     """
 
-    def __init__(self, args, parameters, optimizers, data, processes):
+    def __init__(self, args, parameters, optimizers, data_digest, processes):
         self.args, self.parameters, self.optimizers = args, parameters, optimizers
-        self.data, self.processes = data, processes
+        self.data_digest, self.processes = data_digest, processes
         self.saved = time.monotonic()
-        # of DCP in a single process, and of FSDP about views that are not changed in place
+        # DCP warns when it runs in one process, FSDP of views that nobody changes in place.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
@@ -1093,33 +1075,26 @@ class Checkpoints:
         return tensors
 
     def overdue(self):
-        late = time.monotonic() - self.saved > 60 * SAVE_MINUTES
-        return any(self.processes.gather(late))
+        return time.monotonic() - self.saved > 60 * SAVE_MINUTES
 
-    def save(self, step, unusable):
+    def save(self, step):
         """Writes the checkpoint of `step` and removes those before the last KEEP."""
         final = self.args.out / "checkpoints" / f"step-{step:07d}"
-        partial, is_first = final.with_suffix(".partial"), self.processes.rank == 0
-        alone = self.processes.count == 1
+        partial = final.with_suffix(".partial")
         try:
-            if is_first:
+            if IS_FIRST:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             self.processes.wait()
             writer = HuggingFaceStorageWriter(partial, save_distributed=True)
-            dcp.save(self.state(), storage_writer=writer, no_dist=alone)
-            if is_first:
-                state = {
-                    "step": step,
-                    "unusable": unusable,
-                    "settings": lasting(self.args),
-                    "data": self.data,
-                }
+            dcp.save(self.state(), storage_writer=writer, no_dist=self.processes.count == 1)
+            if IS_FIRST:
+                state = {"step": step, "settings": lasting(self.args), "data": self.data_digest}
                 (partial / "state.json").write_text(json.dumps(state, indent=2))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
-                old = list_checkpoints(self.args.out)[:-KEEP]
-                for folder in [*old, *final.parent.glob("step-*.partial")]:
+                unfinished = final.parent.glob("step-*.partial")
+                for folder in [*list_checkpoints(self.args.out)[:-KEEP], *unfinished]:
                     shutil.rmtree(folder)
         except (Exception, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -1129,35 +1104,35 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def resume(self):
-        """Loads the newest whole checkpoint -> its (step, unusable steps in a row), or (0, 0).
+        """Loads the newest whole checkpoint and returns its step; 0 where there is none.
 
-        Raises ValueError where it was made with other settings, or none can be read.
+        Raises ValueError where it was made with other settings, or no checkpoint can be read.
         """
         folders = list_checkpoints(self.args.out)
         for folder in reversed(folders):
             try:
                 state = json.loads((folder / "state.json").read_text())
-                step, unusable, data = state["step"], state["unusable"], state["data"]
+                step, settings_then = state["step"], state["settings"]
                 changes = []
                 for name, value in lasting(self.args).items():
-                    if state["settings"].get(name) != value:
-                        changes.append(f"{name} was {state['settings'].get(name)} and is {value}")
+                    if settings_then.get(name) != value:
+                        changes.append(f"{name} was {settings_then.get(name)} and is {value}")
                 if not changes:
                     self.load(folder)
             except (Exception, CheckpointException) as error:
                 reason = " ".join(str(error).split())[-200:]
-                self.print(f"{folder} is damaged ({reason!r}); going on from the one before")
+                say(f"{folder} is damaged ({reason}); looking for one before it")
                 continue
             if changes:
                 text = f"{folder} was made with other settings: {'; '.join(changes)}"
                 raise ValueError(f"{text}; or take another --out")
-            self.print(f"going on at step {step}, from {folder}")
-            if data != self.data:
-                self.print("the data are not those of the checkpoint: from here on another run")
-            return step, unusable
+            say(f"going on at step {step}, from {folder}")
+            if state.get("data") != self.data_digest:
+                say("the data are not those of the checkpoint: from here on it is another run")
+            return step
         if folders:
             raise ValueError(f"no checkpoint in {folders[0].parent} can be read; move them away")
-        return 0, 0
+        return 0
 
     def load(self, folder):
         owners = {}
@@ -1167,26 +1142,17 @@ class Checkpoints:
         reader = HuggingFaceStorageReader(folder)
         for key in reader.read_metadata().state_dict_metadata:
             kind, _, name = key.rpartition(" ")
-            if kind:  # of the parameters that had a gradient by then
+            if kind:  # a memory of an optimizer: there is none before the first gradient
                 p = self.parameters[name]
-                empty = torch.zeros_like(p).detach()
-                empty = torch.zeros((), device=p.device) if kind == "step" else empty
-                owners[p].state[p][kind] = empty
+                like = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
+                owners[p].state[p][kind] = like.detach()
         dcp.load(self.state(), storage_reader=reader, no_dist=self.processes.count == 1)
-
-    def mark_exported(self, step):
-        if self.processes.rank == 0:
-            (self.args.out / "checkpoints" / f"step-{step:07d}" / "exported").touch()
-
-    def print(self, text):
-        if self.processes.rank == 0:
-            print(f"train.py: {text}", file=sys.stderr)
 
 
 def lasting(args):
-    """The settings that a resumed run must share with its checkpoint: the result depends on them."""
-    free = {"weights", "start", "out", "data", "device", "save_every", "cache", "validate"}
-    free |= {"validate_every", "gradient_checkpointing"}
+    """The settings that a resumed run must share with its checkpoint."""
+    free = {"weights", "start", "out", "data", "device", "cache", "gradient_checkpointing"}
+    free |= {"save_every", "validate", "validate_every"}
     free |= {"steps"} if args.schedule == "constant" else set()
     return {name: value for name, value in sorted(vars(args).items()) if name not in free}
 
@@ -1197,35 +1163,23 @@ def list_checkpoints(out):
     return sorted(folder for folder in folders if re.fullmatch(r"step-\d{7}", folder.name))
 
 
-def finished(args):
-    """The result's folder if this very run is complete, else None."""
-    result = args.out / "instructx"
-    folders = list_checkpoints(args.out)
-    if not folders or not (folders[-1] / "exported").exists() or not result.is_dir():
-        return None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        state = json.loads((folders[-1] / "state.json").read_text())
-        if state["settings"] == lasting(args) and state["step"] >= args.steps:
-            return result
-
-
 def export(args, model, processes):
-    """Writes OUT/instructx, with LoRA of the DiT merged. The model is of no use afterwards."""
+    """Writes OUT/instructx, with LoRA of the DiT merged -> its path. The model is spent then."""
     final = args.out / "instructx"
     partial, old = final.with_suffix(".partial"), final.with_suffix(".old")
     places = locate(args.weights, args.start)
-    has_own_dit = args.stage > 1 or places["dit"].parent == places.get("instructx")
+    is_own_dit = args.stage > 1 or places["dit"].parent == places.get("instructx")
     if processes.count > 1:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        tensors = get_model_state_dict(model.dit, options=options)
-    if processes.rank == 0:
+        tensors = get_model_state_dict(model.dit, options=options)  # empty but in the first
+    if IS_FIRST:
         if processes.count > 1:
             model.dit.load_state_dict(tensors, assign=True)
         for name, layer in lora_layers(model.dit):
             model.dit.set_submodule(name, layer.merged())
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            model.save_pretrained(partial, dit=has_own_dit)
+            model.save_pretrained(partial, dit=is_own_dit)
         except Exception as error:  # safetensors has an error of its own
             raise TrainingError(f"{final} could not be written ({error})") from None
         shutil.rmtree(old, ignore_errors=True)
@@ -1233,7 +1187,20 @@ def export(args, model, processes):
             final.rename(old)
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
-    processes.wait()
+        (list_checkpoints(args.out)[-1] / "exported").touch()
+    return final
+
+
+def finished(args):
+    """The result's folder if this very run is complete, else None."""
+    result, folders = args.out / "instructx", list_checkpoints(args.out)
+    if not folders or not (folders[-1] / "exported").exists() or not result.is_dir():
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads((folders[-1] / "state.json").read_text())
+        if state["settings"] == lasting(args) and state["step"] >= args.steps:
+            say(f"{args.out} is finished after {state['step']} steps; nothing is left to do")
+            return result
 
 
 # Processes, signals, and the command line.
@@ -1248,13 +1215,14 @@ class Processes:
 
     def __init__(self, device):
         self.count, self.device = int(os.environ.get("WORLD_SIZE", 1)), torch.device(device)
+        self.rank = int(os.environ.get("RANK", 0))
         if self.count > 1:
+            backend = "gloo"
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
-            on_cuda = self.device.type == "cuda"
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-        self.rank = dist.get_rank() if self.count > 1 else 0
+                backend = "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend)
 
     def shard(self, model):
         """Shards the DiT of a model that lies on the CPU, and moves all else to the device."""
@@ -1287,6 +1255,9 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    def any(self, value):
+        return any(self.gather(bool(value)))
+
     def wait(self):
         if self.count > 1:
             dist.barrier()
@@ -1299,38 +1270,32 @@ class Processes:
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM, after the checkpoint was written: Stopped(step, signal number)."""
+    """Ends a run at a signal, once its checkpoint is written: Stopped(step, signal)."""
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, Ctrl-C and SIGTERM only add their number to the list that this gives.
-
-    A second Ctrl-C interrupts at once.
-    """
+    """Gives a list to which Ctrl-C and SIGTERM add their number; a second Ctrl-C interrupts."""
     received = []
 
-    def receive(number, frame):
-        if number == signal.SIGINT in received:
+    def receive(signal_number, frame):
+        if signal_number == signal.SIGINT and signal.SIGINT in received:
             raise KeyboardInterrupt
-        received.append(number)
+        received.append(signal_number)
 
     handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for number_, handler in handlers.items():
-            signal.signal(number_, handler)
+        for signal_number, handler in handlers.items():
+            signal.signal(signal_number, handler)
 
 
 @contextlib.contextmanager
 def locked(out):
     """Keeps other runs out of a folder for as long as this one lives, however it ends."""
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
     with (out / ".lock").open("w") as stream:
-        with contextlib.suppress(ImportError):  # Windows
+        with contextlib.suppress(ImportError):  # there is no fcntl on Windows
             import fcntl
 
             try:
@@ -1344,38 +1309,33 @@ def locked(out):
 def main(arguments=None, build=build_model, validate=validate):
     """One stage from its command line -> the exit code.
 
-    `build(args)` and `validate(args, model, loader, held_out, step)` can be replaced for
-    experiments with other models and other measures (weights/shapes/claims.py).
+    `build(args)` and `validate(args, model, loader, held_out, step)` can be replaced to try other
+    models and measures, as weights/shapes/claims.py does.
     """
     args = settings(arguments)
-    is_first = os.environ.get("RANK", "0") == "0"
     try:
         complete(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        with locked(args.out):
-            result = finished(args)
-            if result and is_first:
-                print(f"train.py: {args.out} is finished; nothing to do", file=sys.stderr)
-            result = result or train(args, build, validate)
-        if is_first:
+        with locked(args.out) if IS_FIRST else contextlib.nullcontext():
+            result = finished(args) or train(args, build, validate)
+        if IS_FIRST:
             print(result)
         return 0
-    except (ValueError, OSError, TrainingError) as error:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        text = "out of memory; try --gradient-checkpointing, a smaller --micro-batch, --dit-lora"
-        print(f"train.py: error: {text}", file=sys.stderr)
-        return 2
     except Stopped as stop:
-        step, *signals = stop.args
-        text = f"stopped after step {step}; the same command goes on from there"
-        print(f"train.py: {text}", file=sys.stderr)
-        return 128 + (signals or [signal.SIGTERM])[0]
+        step, signal_number = stop.args
+        say(f"stopped after step {step}; the same command goes on from there")
+        return 128 + signal_number
     except KeyboardInterrupt:
-        text = "interrupted; the same command goes on from the last checkpoint"
-        print(f"train.py: {text}", file=sys.stderr)
+        say("interrupted; the same command goes on from the last checkpoint")
         return 130
+    except torch.OutOfMemoryError:
+        problem = (
+            "out of memory; --gradient-checkpointing, a smaller --micro-batch or --dit-lora help"
+        )
+    except (ValueError, OSError, TrainingError) as error:
+        problem = " ".join(str(error).split())
+    print(f"train.py: error: {problem}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
