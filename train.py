@@ -5,10 +5,10 @@
     python train.py --stage 3 --data clean.jsonl --weights DIR --out runs/3 --start runs/2/instructx
     torchrun --nproc-per-node 8 -- train.py ...             # the same run on eight GPUs
 
-    stage   trains                              data                the DiT sees
-    1       queries, connector, LoRA            images              noisy latents
-    2       these, DiT and source embedding     images and clips    and latents of source, references
-    3       as stage 2                          a clean subset      as stage 2
+    stage   trains                             data              the DiT sees
+    1       queries, connector, LoRA           images            noisy latents
+    2       these, DiT and source embedding    images, clips     and latents of source, references
+    3       as stage 2                         a clean subset    as stage 2
 
 Data are JSON lines, one edit each: {"source": FILE, "target": FILE, "instruction": TEXT} and, if
 any, "references": [FILE, ...]. Paths are relative to the data file. A clip is a video file or a
@@ -29,12 +29,14 @@ Letters: B samples, F latent frames, H W pixels, h w = H/8 W/8, Q queries.
 import argparse
 import codecs
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -58,8 +60,8 @@ REPORTED = 20  # broken pairs that are named on the terminal; metrics.jsonl coun
 PATIENCE = 10  # unusable steps in a row that end a run
 READERS = 2  # threads that read ahead
 HELD_OUT, RENDERED, DRAWS = 32, 8, 4  # edits of --validate: for the loss, as pictures; noises each
-SIGMA_BINS = 4  # of the curves of the loss by σ
 IS_FIRST = os.environ.get("RANK", "0") == "0"  # of several processes, this one writes and speaks
+QUIET = None if IS_FIRST else True  # tqdm: a bar where stderr is a terminal, or none
 
 
 def settings(arguments=None):
@@ -104,22 +106,15 @@ def settings(arguments=None):
     add("--video-batch", "clips per step; paper: 32", 4, count)
     add("--micro-batch", "samples at once, over all processes; a batch is a sum of these", 8, count)
     add("--lr", "learning rate; paper: 1e-5 for the 14B; try 1e-3 for weights/shapes", 1e-5, rate)
-    text = (
-        "learning rate of Muon for the matrices of the DiT's blocks, about 20 times --lr; 0: AdamW"
-    )
+    text = "of Muon for the matrices of the DiT's blocks, about 20 times --lr; 0 is AdamW there too"
     add("--muon-lr", text, 0.0, rate)
     add("--warmup", "steps until the learning rate is reached", 100, number(int, 0, 10**9))
     add("--schedule", "of the learning rate after that", "constant", choices=schedules)
 
     group = parser.add_argument_group("run")
     add("--weights", "with mllm/, dit/, vae/", type=Path, required=True, metavar="DIR")
-    add(
-        "--out",
-        "for all results; the same command goes on",
-        type=Path,
-        required=True,
-        metavar="DIR",
-    )
+    text = "folder of all results; the same command goes on there"
+    add("--out", text, type=Path, required=True, metavar="DIR")
     text = f"steps between checkpoints; one every {SAVE_MINUTES} minutes comes on top"
     add("--save-every", text, 500, count)
     add("--seed", "of data order, noise, σ and dropped instructions", 0, number(int, 0, 2**62))
@@ -190,22 +185,23 @@ def complete(args):
 
 
 def config_setting(pair):
-    """ "steps=20" -> ("steps", 20). Raises ValueError for what InstructXConfig does not have."""
+    """Reads "steps=20" as ("steps", 20). Raises ValueError for what no edit could use."""
     name, _, text = pair.partition("=")
     types = InstructXConfig.__annotations__
     if name not in types or name in ("mllm_dim", "context_dim"):
         raise ValueError(f"--config {pair}: unknown {name!r}; there are {', '.join(types)}")
-    if types[name] is bool and text in ("true", "false"):
-        return name, text == "true"
-    if types[name] is str:
-        return name, text
-    try:
-        value = types[name](text)
-    except ValueError:
-        raise ValueError(f"--config {pair}: {text!r} is no {types[name].__name__}") from None
     least = {"lora_rank": 0, "guidance": 1}.get(name, 1 if types[name] is int else 1e-3)
-    if not least <= value < 1e6:
-        raise ValueError(f"--config {pair}: {name} should be a number of at least {least}")
+    try:
+        if types[name] is str:
+            return name, text
+        if types[name] is bool:
+            return name, {"true": True, "false": False}[text]
+        value = types[name](text)
+        if not least <= value < 1e6:
+            raise ValueError
+    except (ValueError, KeyError):
+        kind = types[name].__name__
+        raise ValueError(f"--config {pair}: should be {kind}, {least} or more") from None
     return name, value
 
 
@@ -305,7 +301,7 @@ class Pairs:
         self.sizes = Sizes((args.cache or args.out) / "sizes.json")
         with ThreadPoolExecutor(READERS) as pool:
             shapes = pool.map(self.try_shape, self.pairs)
-            bar = tqdm(shapes, "sizes", len(self.pairs), leave=False, disable=None)
+            bar = tqdm(shapes, "sizes", len(self.pairs), leave=False, disable=QUIET)
             self.shapes = list(bar)  # of each pair: (source's shape, references' shapes...) or None
         self.sizes.save()
         lines = [pair.where.rpartition(":")[2] for pair in self.pairs]
@@ -345,24 +341,20 @@ class Pairs:
         """((frames, height, width) of source and target, (1, height, width) of each reference)."""
         length, height, width, rate = self.sizes(pair.source)
         target_length, target_height, target_width, target_rate = self.sizes(pair.target)
-        sizes = f"{pair.source} is {width}x{height}, {pair.target} {target_width}x{target_height}"
         if (length > 1) != (target_length > 1):
             raise ValueError(f"one of {pair.source} and {pair.target} is an image, one a clip")
         if abs(math.log(height / width * target_width / target_height)) > 0.1:
-            raise ValueError(f"{sizes}: another aspect")
+            text = f"{pair.source} is {width}x{height}, {pair.target}"
+            raise ValueError(f"{text} {target_width}x{target_height}: another aspect")
         length = min(length, target_length, self.args.frames)
         # Frames are paired by number: over the clip they may drift apart by half a frame.
         if rate and target_rate and abs(rate / target_rate - 1) * length > 0.5:
-            rates = (
-                f"{pair.source} has {rate:.6g} frames per second, {pair.target} {target_rate:.6g}"
-            )
-            raise ValueError(f"{rates}: convert one to the rate of the other")
+            text = f"{pair.source} has {rate:.6g} frames per second and {pair.target}"
+            raise ValueError(f"{text} {target_rate:.6g}; they should have one rate")
         frames = (length - 1) // self.stride * self.stride + 1
         if length > 1 and frames == 1:
             least = self.stride + 1
-            raise ValueError(
-                f"{pair.source} has {length} frames; a clip should have {least} or more"
-            )
+            raise ValueError(f"{pair.source} has {length} frames; a clip has {least} or more")
         source = (frames, *self.working_size(height, width))
         references = []
         for path in pair.references:
@@ -530,11 +522,9 @@ class Loader:
         for i, numbers in enumerate(plan):
             samples = []
             for j in range(self.rank, len(numbers), self.processes):
-                samples.append(
-                    self.try_sample((i, j), numbers[j], hash_of(self.args.seed, step, i, j))
-                )
-            samples = [sample for sample in samples if sample]
-            chunks.append(samples or [self.blank(self.pairs.shapes[numbers[0]])])
+                seed = hash_of(self.args.seed, step, i, j)
+                samples.append(self.try_sample((i, j), numbers[j], seed))
+            chunks.append([sample for sample in samples if sample] or [self.blank()])
         return video, chunks
 
     def try_sample(self, place, number, seed):
@@ -561,16 +551,12 @@ class Loader:
                 references.append(self.latents.look_up(path, (1, *image.shape[:2]), padded))
         return Sample(pair.where, place, seed, inputs, target, source, references)
 
-    def blank(self, shape):
-        """A sample of a bucket's shape that teaches nothing: processes must take part in step."""
-        clip, *images = [np.zeros((*size, 3), np.uint8) for size in shape]
-        inputs = self.model.prompt(clip, "", [image[0] for image in images])
-        target, source, references = Picture(None, clip, None), None, []
-        if self.args.stage > 1:
-            source = target
-            padded = [pad(image, self.pairs.multiple, self.pairs.stride) for image in images]
-            references = [Picture(None, image, None) for image in padded]
-        return Sample("", (0, 0), 0, inputs, target, source, references, weight=0.0)
+    def blank(self):
+        """A sample that teaches nothing: a process must take part where it has nothing to read."""
+        frames = np.zeros((1, self.pairs.multiple, self.pairs.multiple, 3), np.uint8)
+        picture, inputs = Picture(None, frames, None), self.model.prompt(frames, "")
+        source = picture if self.args.stage > 1 else None
+        return Sample("", (0, 0), 0, inputs, picture, source, [], weight=0.0)
 
 
 def hash_of(*values):
@@ -650,7 +636,7 @@ def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change
 
 
 def sample_losses(model, latents, samples, video, args):
-    """Losses and σ of samples of one shape, both (B,). Random numbers come from their seeds."""
+    """Losses of samples of one shape, (B,). Their seeds decide σ and noise."""
     z = latents([sample.target for sample in samples])  # (B, 16, F, h, w)
     source = latents([sample.source for sample in samples]) if args.stage > 1 else None
     references = [latents(pictures) for pictures in zip(*(s.references for s in samples))]
@@ -663,10 +649,8 @@ def sample_losses(model, latents, samples, video, args):
     inputs = model.processor.collate([sample.inputs for sample in samples])
     with autocast(z.device, args):
         context = model.context(inputs, video)  # (B, Q, C)
-        losses = flow_loss(
-            model.dit, context, z, source, references, sigma, noise, sampler, args.change_weight
-        )
-    return losses, sigma
+        inputs = context, z, source, references, sigma, noise, sampler
+        return flow_loss(model.dit, *inputs, args.change_weight)
 
 
 def autocast(device, args):
@@ -736,13 +720,7 @@ def train(args, build, validate):
 
     unusable_steps, began = 0, time.perf_counter()
     batches = read_ahead(loader.step, first_step, args.steps)
-    bar = tqdm(
-        batches,
-        f"stage {args.stage}",
-        args.steps,
-        initial=first_step,
-        disable=None if IS_FIRST else True,
-    )
+    bar = tqdm(batches, f"stage {args.stage}", args.steps, initial=first_step, disable=QUIET)
     with stop_signals() as signals:
         for step, (video, chunks) in bar:
             waited = time.perf_counter() - began
@@ -751,21 +729,17 @@ def train(args, build, validate):
             count = sum(processes.gather(sum(s.weight for samples in chunks for s in samples)))
             results = []
             for samples in chunks:
-                losses, sigma = sample_losses(model, loader.latents, samples, video, args)  # (B,)
+                losses = sample_losses(model, loader.latents, samples, video, args)  # (B,)
                 weights = torch.tensor([s.weight for s in samples], device=losses.device)
                 loss = (losses * weights).sum() * processes.count / max(1, count)
                 loss.backward()
-                results += zip(samples, losses.detach(), sigma)
+                results += zip(samples, losses.detach())
             norm = clip_gradients(parameters, processes)
 
             # One step of the optimizers. Where anything is not finite, nothing changes.
-            rows = [
-                (s.place, loss.item(), level.item(), s.where)
-                for s, loss, level in results
-                if s.weight
-            ]
+            rows = [(s.place, loss.item(), s.where) for s, loss in results if s.weight]
             rows = sorted(row for part in processes.gather(rows) for row in part)
-            usable = bool(rows) and all(map(math.isfinite, [norm, *(row[1] for row in rows)]))
+            usable = bool(rows) and all(map(math.isfinite, [norm, *(loss for _, loss, _ in rows)]))
             for optimizer, highest in zip(optimizers, (args.lr, args.muon_lr)):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args, highest)
@@ -773,31 +747,42 @@ def train(args, build, validate):
                     optimizer.step()
             model.zero_grad()
 
-            # What becomes of it: a line, and now and then a validation and a checkpoint.
-            figures = {"step": step, "video": video, **figures_of(rows), "gradient": norm}
-            figures |= {"lr": learning_rate(step, args, args.lr), "used": usable}
-            pairs.report()
-            figures |= {"broken": len(pairs.broken), "memory": memory(processes.device)}
+            # The record, and now and then a validation and a checkpoint.
+            loss = sum(loss for _, loss, _ in rows) / len(rows) if rows else None
             seconds = time.perf_counter() - began
-            metrics.write(figures | {"seconds": round(seconds, 3), "waited": round(waited, 3)})
-            bar.set_postfix(loss=figures["loss"], gradient=norm, refresh=False)
+            pairs.report()
+            metrics.write(
+                {
+                    "step": step,
+                    "video": video,
+                    "samples": len(rows),
+                    "loss": loss,
+                    "gradient": norm,
+                    "lr": learning_rate(step, args, args.lr),
+                    "used": usable,
+                    "broken": len(pairs.broken),
+                    "seconds": round(seconds, 3),
+                    "waited": round(waited, 3),
+                    "memory": memory(processes.device),
+                }
+            )
+            bar.set_postfix(loss=loss, gradient=norm, refresh=False)
             unusable_steps = 0 if usable else unusable_steps + 1
             if not usable:
-                complain(step, rows, norm, pairs, unusable_steps)
-
+                complain(step, loss, norm, rows, pairs, unusable_steps)
             done = step + 1
             is_last, stopping = done == args.steps, processes.any(signals)
             if held_out and (is_last or done % args.validate_every == 0):
                 losses = validate(args, model, loader, held_out, done)
                 metrics.write({"step": done, "held_out": losses})
-            if processes.any(
-                is_last or stopping or done % args.save_every == 0 or checkpoints.overdue()
-            ):
+            is_due = is_last or stopping or done % args.save_every == 0
+            if processes.any(is_due or checkpoints.overdue()):
                 checkpoints.save(done)
                 metrics.draw()
-                say(f"step {done} of {args.steps}: loss {figures['loss']}, checkpoint written")
+                say(f"step {done} of {args.steps}: loss {loss}, checkpoint written")
             if stopping and not is_last:
-                raise Stopped(done, *signals)
+                say("stopped by a signal; the same command goes on from here")
+                sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
             began = time.perf_counter()
 
     result = export(args, model, processes)
@@ -833,19 +818,13 @@ def validate(args, model, loader, held_out, step):
         video = shape[0][0] > 1
         sample = loader.sample(pair, shape, pair.instruction)
         samples = [replace(sample, seed=hash_of(args.seed, i, draw)) for draw in range(DRAWS)]
-        values, _ = sample_losses(model, loader.latents, samples, video, args)  # (DRAWS,)
+        values = sample_losses(model, loader.latents, samples, video, args)  # (DRAWS,)
         losses.setdefault("clips" if video else "images", []).extend(values.tolist())
     rows = []
     for pair, shape in held_out[:RENDERED]:
+        source, target = (read(path, shape[0])[0] for path in (pair.source, pair.target))
         result = render(args, model, loader, pair, shape)
-        rows.append(
-            (
-                pair.instruction,
-                read(pair.source, shape[0])[0],
-                result,
-                read(pair.target, shape[0])[0],
-            )
-        )
+        rows.append((pair.instruction, source, result, target))
     if IS_FIRST:
         file = args.out / "validation" / f"step-{step:07d}.png"
         file.parent.mkdir(exist_ok=True)
@@ -899,33 +878,16 @@ def say(text):
         tqdm.write(f"train.py: {text}", file=sys.stderr)
 
 
-def complain(step, rows, norm, pairs, unusable_steps):
+def complain(step, loss, norm, rows, pairs, unusable_steps):
     """Says why a step changed nothing. Raises TrainingError when there were PATIENCE in a row."""
-    if rows:
-        files = ", ".join(where for _, _, _, where in rows)
-        loss = figures_of(rows)["loss"]
-        reason = f"loss {loss}, gradient {norm}; its batch: {files}"
-    else:
+    reason = f"loss {loss}, gradient {norm}; its batch: {', '.join(where for _, _, where in rows)}"
+    if not rows:
         broken = next(iter(pairs.broken.values()), "by other processes")
         reason = f"no sample could be read ({broken})"
-    say(f"step {step} skipped: {reason}")
     if unusable_steps == PATIENCE:
-        text = f"{PATIENCE} unusable steps in a row, the last is step {step}: {reason}"
-        raise TrainingError(text)
-
-
-def figures_of(rows):
-    """Number of samples, mean loss, and mean loss by σ of a step's [(place, loss, σ, where)]."""
-    losses, by_sigma = [], [[] for _ in range(SIGMA_BINS)]
-    for _, loss, sigma, _ in rows:
-        losses.append(loss)
-        by_sigma[min(SIGMA_BINS - 1, int(sigma * SIGMA_BINS))].append(loss)
-    by_sigma = [mean(losses_there) for losses_there in by_sigma]
-    return {"samples": len(rows), "loss": mean(losses), "by_sigma": by_sigma}
-
-
-def mean(values):
-    return sum(values) / len(values) if values else None
+        text = f"{PATIENCE} unusable steps in a row, the last is step {step}"
+        raise TrainingError(f"{text}: {reason}")
+    say(f"step {step} skipped: {reason}")
 
 
 class Metrics:
@@ -954,27 +916,22 @@ class Metrics:
                 stream.write(json.dumps(row) + "\n")
 
     def draw(self):
-        """Draws loss of training and of held-out edits, loss by σ, gradient and learning rate."""
-        losses = {"images": [], "clips": []}
-        by_sigma = {f"{i / SIGMA_BINS:.2f} and more": [] for i in range(SIGMA_BINS)}
-        gradients, rates = [], []
+        """Draws the losses of training and of held-out edits, gradient and learning rate."""
+        losses, gradients, rates = {"images": [], "clips": []}, [], []
         for row in self.rows:
             step = row["step"]
             for name, loss in row.get("held_out", {}).items():
                 losses.setdefault(f"held-out {name}", []).append((step, loss))
             if "loss" in row:
                 losses["clips" if row["video"] else "images"].append((step, row["loss"]))
-                for curve, loss in zip(by_sigma.values(), row["by_sigma"]):
-                    curve.append((step, loss))
                 gradients.append((step, row["gradient"]))
                 rates.append((step, row["lr"]))
-        page = Image.new("RGB", (1200, 800), "white")
-        draw = ImageDraw.Draw(page)
-        panel(draw, (0, 0), "loss", losses)
-        panel(draw, (600, 0), "loss by sigma", by_sigma)
-        panel(draw, (0, 400), "norm of the gradient", {"": gradients})
-        panel(draw, (600, 400), "learning rate", {"": rates})
         if IS_FIRST:
+            page = Image.new("RGB", (1200, 800), "white")
+            draw = ImageDraw.Draw(page)
+            panel(draw, (0, 0), "loss", losses, width=1200)
+            panel(draw, (0, 400), "norm of the gradient", {"": gradients})
+            panel(draw, (600, 400), "learning rate", {"": rates})
             with whole(self.file.with_name("curves.png")) as partial:
                 page.save(partial, format="PNG")
 
@@ -983,8 +940,6 @@ def memory(device):
     """Peak GB so far: of the GPU, else of this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    import resource  # not on Windows
-
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
@@ -1269,10 +1224,6 @@ class Processes:
             dist.destroy_process_group()
 
 
-class Stopped(Exception):
-    """Ends a run at a signal, once its checkpoint is written: Stopped(step, signal)."""
-
-
 @contextlib.contextmanager
 def stop_signals():
     """Gives a list to which Ctrl-C and SIGTERM add their number; a second Ctrl-C interrupts."""
@@ -1295,14 +1246,11 @@ def stop_signals():
 def locked(out):
     """Keeps other runs out of a folder for as long as this one lives, however it ends."""
     with (out / ".lock").open("w") as stream:
-        with contextlib.suppress(ImportError):  # there is no fcntl on Windows
-            import fcntl
-
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = f"another run is training in {out}; let it end, or take another --out"
-                raise ValueError(text) from None
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = f"another run is training in {out}; let it end, or take another --out"
+            raise ValueError(text) from None
         yield
 
 
@@ -1321,17 +1269,11 @@ def main(arguments=None, build=build_model, validate=validate):
         if IS_FIRST:
             print(result)
         return 0
-    except Stopped as stop:
-        step, signal_number = stop.args
-        say(f"stopped after step {step}; the same command goes on from there")
-        return 128 + signal_number
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last checkpoint")
         return 130
     except torch.OutOfMemoryError:
-        problem = (
-            "out of memory; --gradient-checkpointing, a smaller --micro-batch or --dit-lora help"
-        )
+        problem = "out of memory; try --gradient-checkpointing, a smaller --micro-batch, --dit-lora"
     except (ValueError, OSError, TrainingError) as error:
         problem = " ".join(str(error).split())
     print(f"train.py: error: {problem}", file=sys.stderr)
