@@ -635,11 +635,18 @@ def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change
     return error.flatten(1).mean(dim=1)
 
 
+def sample_latents(latents, samples):
+    """Targets (B, 16, F, h, w), sources alike or None (stage 1), references [(B, 16, 1, h', w')]."""
+    z = latents([sample.target for sample in samples])
+    sources = [sample.source for sample in samples]
+    source = latents(sources) if sources[0] else None
+    references = [latents(pictures) for pictures in zip(*(s.references for s in samples))]
+    return z, source, references
+
+
 def sample_losses(model, latents, samples, video, args):
     """Losses of samples of one shape, (B,). Their seeds decide σ and noise."""
-    z = latents([sample.target for sample in samples])  # (B, 16, F, h, w)
-    source = latents([sample.source for sample in samples]) if args.stage > 1 else None
-    references = [latents(pictures) for pictures in zip(*(s.references for s in samples))]
+    z, source, references = sample_latents(latents, samples)
     sampler = FlowSampler(shift=args.video_shift if video else args.image_shift)
     # On the CPU, so that devices agree.
     generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
@@ -716,7 +723,7 @@ def train(args, build, validate):
     pairs.report(silent=not IS_FIRST)
     say(f"{pairs.summary()}; {weights:.2f} M weights train")
     if held_out and first_step == 0:
-        metrics.write({"step": 0, "held_out": validate(args, model, loader, held_out, 0)})
+        metrics.write(timed_validation(validate, args, model, loader, held_out, 0))
 
     unusable_steps, began = 0, time.perf_counter()
     batches = read_ahead(loader.step, first_step, args.steps)
@@ -773,8 +780,7 @@ def train(args, build, validate):
             done = step + 1
             is_last, stopping = done == args.steps, processes.any(signals)
             if held_out and (is_last or done % args.validate_every == 0):
-                losses = validate(args, model, loader, held_out, done)
-                metrics.write({"step": done, "held_out": losses})
+                metrics.write(timed_validation(validate, args, model, loader, held_out, done))
             is_due = is_last or stopping or done % args.save_every == 0
             if processes.any(is_due or checkpoints.overdue()):
                 checkpoints.save(done)
@@ -807,6 +813,13 @@ def clip_gradients(parameters, processes):
     return norm
 
 
+def timed_validation(validate, args, model, loader, held_out, step):
+    """A line of metrics.jsonl: held-out losses after `step` steps."""
+    began = time.perf_counter()
+    losses = validate(args, model, loader, held_out, step)
+    return {"step": step, "held_out": losses, "seconds": round(time.perf_counter() - began, 3)}
+
+
 @torch.no_grad()
 def validate(args, model, loader, held_out, step):
     """Loss of held-out edits, always with the same noise -> {"images": loss, "clips": loss}.
@@ -837,9 +850,7 @@ def render(args, model, loader, pair, shape):
     """The edit of a pair as InstructX.edit makes it, but without a source in stage 1."""
     instructions = [pair.instruction] if model.config.guidance == 1 else [pair.instruction, ""]
     samples = [loader.sample(pair, shape, instruction) for instruction in instructions]
-    z = loader.latents([samples[0].target])  # (1, 16, F, h, w); its shape alone is used
-    source = loader.latents([samples[0].source]) if args.stage > 1 else None
-    references = [loader.latents([picture]) for picture in samples[0].references]
+    z, source, references = sample_latents(loader.latents, samples[:1])  # of z, only the shape
     with autocast(z.device, args):
         inputs = model.processor.collate([sample.inputs for sample in samples])
         context = model.context(inputs, shape[0][0] > 1)  # (1 or 2, Q, C)
