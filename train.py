@@ -104,7 +104,7 @@ def settings(arguments=None):
     add("--steps", "of the optimizer (default: the paper's 20000, 20000, 5000)", type=count)
     add("--image-batch", "images per step; paper: 128", 16, count)
     add("--video-batch", "clips per step; paper: 32", 4, count)
-    add("--micro-batch", "samples at once, over all processes; a batch is a sum of these", 8, count)
+    add("--micro-batch", "at most so many samples at once, over all processes", 8, count)
     add("--lr", "learning rate; paper: 1e-5 for the 14B; try 1e-3 for weights/shapes", 1e-5, rate)
     text = "of Muon for the matrices of the DiT's blocks, about 20 times --lr; 0 is AdamW there too"
     add("--muon-lr", text, 0.0, rate)
@@ -126,9 +126,6 @@ def settings(arguments=None):
 
     args = parser.parse_args(arguments)
     args.steps = args.steps or PAPER_STEPS[args.stage]
-    for batch in (args.image_batch, args.video_batch)[: 1 if args.stage == 1 else 2]:
-        if batch % min(batch, args.micro_batch):
-            parser.error(f"a batch of {batch} is no multiple of --micro-batch {args.micro_batch}")
     for name in ("change_weight", "dit_lora", "muon_lr"):
         if args.stage == 1 and getattr(args, name):
             option = "--" + name.replace("_", "-")
@@ -390,14 +387,19 @@ class Pairs:
         video = math.floor(share * (step + 1) + 1e-9) > clips
         return video, clips if video else step - clips
 
+    def batch_sizes(self, video):
+        """Samples of a step, and of each of its chunks: the largest divisor up to --micro-batch."""
+        batch = self.args.video_batch if video else self.args.image_batch
+        sizes = range(1, min(batch, self.args.micro_batch) + 1)
+        return batch, max(size for size in sizes if batch % size == 0)
+
     def order(self, video, epoch):
         """The chunks of an epoch, [[number of a pair]].
 
         The last chunk of a bucket is filled up with others of that bucket.
         """
         rng, chunks = np.random.default_rng([self.args.seed, video, epoch]), []
-        batch = self.args.video_batch if video else self.args.image_batch
-        size = min(self.args.micro_batch, batch)
+        _, size = self.batch_sizes(video)
         for numbers in self.buckets[video].values():
             order = rng.permutation(numbers).tolist()
             order += order[: -len(order) % size] if len(order) > size else []
@@ -407,8 +409,8 @@ class Pairs:
     def plan(self, step):
         """What `step` sees: (is_video, [[number of a pair]]), a list for each micro-batch."""
         video, steps_before = self.is_video(step)
-        batch = self.args.video_batch if video else self.args.image_batch
-        count, chunks = max(1, batch // self.args.micro_batch), len(self.orders(video, 0))
+        batch, size = self.batch_sizes(video)
+        count, chunks = batch // size, len(self.orders(video, 0))
         plan = []
         for i in range(steps_before * count, (steps_before + 1) * count):
             plan.append(self.orders(video, i // chunks)[i % chunks])
@@ -1135,12 +1137,14 @@ def export(args, model, processes):
     partial, old = final.with_suffix(".partial"), final.with_suffix(".old")
     places = locate(args.weights, args.start)
     is_own_dit = args.stage > 1 or places["dit"].parent == places.get("instructx")
-    if processes.count > 1:
+    tensors = {}
+    if processes.count > 1:  # the first process gets the whole DiT
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        tensors = get_model_state_dict(model.dit, options=options)  # empty but in the first
+        tensors = get_model_state_dict(model.dit, options=options)
     if IS_FIRST:
-        if processes.count > 1:
-            model.dit.load_state_dict(tensors, assign=True)
+        for name, tensor in tensors.items():
+            module, _, leaf = name.rpartition(".")
+            setattr(model.dit.get_submodule(module), leaf, nn.Parameter(tensor))
         for name, layer in lora_layers(model.dit):
             model.dit.set_submodule(name, layer.merged())
         shutil.rmtree(partial, ignore_errors=True)
