@@ -619,54 +619,6 @@ def add_dit_lora(dit, args):
                 dit.blocks.set_submodule(name, LoRALinear(layer, args.dit_lora, args.dit_lora))
 
 
-def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change_weight=0.0):
-    """Flow matching: the error of the velocity against ε - x at x_σ = (1-σ)x + σε.
-
-    z, source and noise (B, 16, F, h, w), references [(B, 16, 1, h', w')], sigma (B,), context
-    (B, Q, C) -> one loss per sample, (B,).
-    """
-    x = sampler.add_noise(z, noise, sigma)  # (B, 16, F, h, w)
-    velocity = dit(x, 1000 * sigma, context, source=source, references=references)
-    error = (velocity - sampler.target(z, noise)).square()  # (B, 16, F, h, w)
-    if change_weight:
-        # An edit changes little of a picture, and the rest is learnt first. Weights have mean 1.
-        change = (z - source).square().mean(dim=1, keepdim=True)  # (B, 1, F, h, w)
-        largest = change.amax(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
-        weight = 1 + change_weight * change / largest
-        error = error * (weight / weight.mean(dim=(2, 3, 4), keepdim=True))
-    return error.flatten(1).mean(dim=1)
-
-
-def sample_latents(latents, samples):
-    """Targets (B, 16, F, h, w), sources alike or None (stage 1), references [(B, 16, 1, h', w')]."""
-    z = latents([sample.target for sample in samples])
-    sources = [sample.source for sample in samples]
-    source = latents(sources) if sources[0] else None
-    references = [latents(pictures) for pictures in zip(*(s.references for s in samples))]
-    return z, source, references
-
-
-def sample_losses(model, latents, samples, video, args):
-    """Losses of samples of one shape, (B,). Their seeds decide σ and noise."""
-    z, source, references = sample_latents(latents, samples)
-    sampler = FlowSampler(shift=args.video_shift if video else args.image_shift)
-    # On the CPU, so that devices agree.
-    generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
-    sigma = torch.cat([sampler.draw_sigma(1, g, args.sigma == "uniform") for g in generators])
-    noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators])
-    sigma, noise = sigma.to(z.device), noise.to(z.device)
-    inputs = model.processor.collate([sample.inputs for sample in samples])
-    with autocast(z.device, args):
-        context = model.context(inputs, video)  # (B, Q, C)
-        inputs = context, z, source, references, sigma, noise, sampler
-        return flow_loss(model.dit, *inputs, args.change_weight)
-
-
-def autocast(device, args):
-    compute = getattr(torch, args.precision)
-    return torch.autocast(device.type, compute, enabled=compute != torch.float32)
-
-
 def make_optimizers(parameters, args):
     """[AdamW], or [AdamW, Muon]: Muon is for matrices between hidden states.
 
@@ -703,6 +655,54 @@ def learning_rate(step, args, highest):
     return highest
 
 
+def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change_weight=0.0):
+    """Flow matching: the error of the velocity against ε - x at x_σ = (1-σ)x + σε.
+
+    z, source and noise (B, 16, F, h, w), references [(B, 16, 1, h', w')], sigma (B,), context
+    (B, Q, C) -> one loss per sample, (B,).
+    """
+    x = sampler.add_noise(z, noise, sigma)  # (B, 16, F, h, w)
+    velocity = dit(x, 1000 * sigma, context, source=source, references=references)
+    error = (velocity - sampler.target(z, noise)).square()  # (B, 16, F, h, w)
+    if change_weight:
+        # An edit changes little of a picture, and the rest is learnt first. Weights have mean 1.
+        change = (z - source).square().mean(dim=1, keepdim=True)  # (B, 1, F, h, w)
+        largest = change.amax(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
+        weight = 1 + change_weight * change / largest
+        error = error * (weight / weight.mean(dim=(2, 3, 4), keepdim=True))
+    return error.flatten(1).mean(dim=1)
+
+
+def sample_latents(latents, samples):
+    """Targets (B, 16, F, h, w), sources alike (stage 1: None), references [(B, 16, 1, h', w')]."""
+    z = latents([sample.target for sample in samples])
+    sources = [sample.source for sample in samples]
+    source = latents(sources) if sources[0] else None
+    references = [latents(pictures) for pictures in zip(*(s.references for s in samples))]
+    return z, source, references
+
+
+def sample_losses(model, latents, samples, video, args):
+    """Losses of samples of one shape, (B,). Their seeds decide σ and noise."""
+    z, source, references = sample_latents(latents, samples)
+    sampler = FlowSampler(shift=args.video_shift if video else args.image_shift)
+    # On the CPU, so that devices agree.
+    generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
+    sigma = torch.cat([sampler.draw_sigma(1, g, args.sigma == "uniform") for g in generators])
+    noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators])
+    sigma, noise = sigma.to(z.device), noise.to(z.device)
+    inputs = model.processor.collate([sample.inputs for sample in samples])
+    with autocast(z.device, args):
+        context = model.context(inputs, video)  # (B, Q, C)
+        inputs = context, z, source, references, sigma, noise, sampler
+        return flow_loss(model.dit, *inputs, args.change_weight)
+
+
+def autocast(device, args):
+    compute = getattr(torch, args.precision)
+    return torch.autocast(device.type, compute, enabled=compute != torch.float32)
+
+
 # The loop.
 
 
@@ -727,7 +727,7 @@ def train(args, build, validate):
     if held_out and first_step == 0:
         metrics.write(timed_validation(validate, args, model, loader, held_out, 0))
 
-    unusable_steps, began = 0, time.perf_counter()
+    bad_steps, began = 0, time.perf_counter()
     batches = read_ahead(loader.step, first_step, args.steps)
     bar = tqdm(batches, f"stage {args.stage}", args.steps, initial=first_step, disable=QUIET)
     with stop_signals() as signals:
@@ -735,7 +735,8 @@ def train(args, build, validate):
             waited = time.perf_counter() - began
 
             # The gradient of the mean loss over the samples of all processes.
-            count = sum(processes.gather(sum(s.weight for samples in chunks for s in samples)))
+            usable = sum(sample.weight for samples in chunks for sample in samples)
+            count = sum(processes.gather(usable))
             results = []
             for samples in chunks:
                 losses = sample_losses(model, loader.latents, samples, video, args)  # (B,)
@@ -748,37 +749,33 @@ def train(args, build, validate):
             # One step of the optimizers. Where anything is not finite, nothing changes.
             rows = [(s.place, loss.item(), s.where) for s, loss in results if s.weight]
             rows = sorted(row for part in processes.gather(rows) for row in part)
-            usable = bool(rows) and all(map(math.isfinite, [norm, *(loss for _, loss, _ in rows)]))
+            losses = [loss for _, loss, _ in rows]
+            loss = sum(losses) / count if rows else math.nan
+            finite = all(map(math.isfinite, [loss, norm]))
             for optimizer, highest in zip(optimizers, (args.lr, args.muon_lr)):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args, highest)
-                if usable:
+                if finite:
                     optimizer.step()
             model.zero_grad()
 
-            # The record, and now and then a validation and a checkpoint.
-            loss = sum(loss for _, loss, _ in rows) / len(rows) if rows else None
+            # What a person sees of it.
+            row = {
+                "step": step,
+                "video": video,
+                "samples": len(rows),
+                "loss": loss if rows else None,
+            }
+            row |= {"gradient": norm, "lr": learning_rate(step, args, args.lr), "used": finite}
+            row |= {"broken": len(pairs.broken), "memory": memory(processes.device)}
             seconds = time.perf_counter() - began
-            pairs.report()
-            metrics.write(
-                {
-                    "step": step,
-                    "video": video,
-                    "samples": len(rows),
-                    "loss": loss,
-                    "gradient": norm,
-                    "lr": learning_rate(step, args, args.lr),
-                    "used": usable,
-                    "broken": len(pairs.broken),
-                    "seconds": round(seconds, 3),
-                    "waited": round(waited, 3),
-                    "memory": memory(processes.device),
-                }
-            )
+            metrics.write(row | {"seconds": round(seconds, 3), "waited": round(waited, 3)})
             bar.set_postfix(loss=loss, gradient=norm, refresh=False)
-            unusable_steps = 0 if usable else unusable_steps + 1
-            if not usable:
-                complain(step, loss, norm, rows, pairs, unusable_steps)
+            pairs.report()
+            bad_steps = 0 if finite else bad_steps + 1
+            if not finite:
+                complain(step, loss, norm, rows, pairs, bad_steps)
+
             done = step + 1
             is_last, stopping = done == args.steps, processes.any(signals)
             if held_out and (is_last or done % args.validate_every == 0):
@@ -787,7 +784,7 @@ def train(args, build, validate):
             if processes.any(is_due or checkpoints.overdue()):
                 checkpoints.save(done)
                 metrics.draw()
-                say(f"step {done} of {args.steps}: loss {loss}, checkpoint written")
+                say(f"step {done} of {args.steps}: loss {loss:.4f}, checkpoint written")
             if stopping and not is_last:
                 say("stopped by a signal; the same command goes on from here")
                 sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
@@ -819,6 +816,7 @@ def timed_validation(validate, args, model, loader, held_out, step):
     """A line of metrics.jsonl: held-out losses after `step` steps."""
     began = time.perf_counter()
     losses = validate(args, model, loader, held_out, step)
+    say(f"step {step}: held-out loss " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
     return {"step": step, "held_out": losses, "seconds": round(time.perf_counter() - began, 3)}
 
 
@@ -891,13 +889,13 @@ def say(text):
         tqdm.write(f"train.py: {text}", file=sys.stderr)
 
 
-def complain(step, loss, norm, rows, pairs, unusable_steps):
+def complain(step, loss, norm, rows, pairs, bad_steps):
     """Says why a step changed nothing. Raises TrainingError when there were PATIENCE in a row."""
     reason = f"loss {loss}, gradient {norm}; its batch: {', '.join(where for _, _, where in rows)}"
     if not rows:
         broken = next(iter(pairs.broken.values()), "by other processes")
         reason = f"no sample could be read ({broken})"
-    if unusable_steps == PATIENCE:
+    if bad_steps == PATIENCE:
         text = f"{PATIENCE} unusable steps in a row, the last is step {step}"
         raise TrainingError(f"{text}: {reason}")
     say(f"step {step} skipped: {reason}")
