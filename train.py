@@ -60,7 +60,9 @@ REPORTED = 20  # broken pairs that are named on the terminal; metrics.jsonl coun
 PATIENCE = 10  # unusable steps in a row that end a run
 READERS = 2  # threads that read ahead
 HELD_OUT, RENDERED, DRAWS = 32, 8, 4  # edits of --validate: for the loss, as pictures; noises each
-IS_FIRST = os.environ.get("RANK", "0") == "0"  # of several processes, this one writes and speaks
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, like the next
+RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
+IS_FIRST = RANK == 0  # this process writes and speaks
 QUIET = None if IS_FIRST else True  # tqdm: a bar where stderr is a terminal, or none
 
 
@@ -171,14 +173,18 @@ def complete(args):
     Raises ValueError for a device that is not there and for a value that no edit could use.
     """
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cuda = args.device.startswith("cuda")
+    if on_cuda and PROCESSES > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {args.device} is not available ({reason}); try cpu") from None
-    on_cuda = args.device.startswith("cuda")
     args.precision = args.precision or ("bfloat16" if on_cuda else "float32")
     args.config = dict(config_setting(pair) for pair in args.config)
+    sampling = ("steps", "shift", "solver")
+    FlowSampler(**{name: value for name, value in args.config.items() if name in sampling})
 
 
 def config_setting(pair):
@@ -187,7 +193,9 @@ def config_setting(pair):
     types = InstructXConfig.__annotations__
     if name not in types or name in ("mllm_dim", "context_dim"):
         raise ValueError(f"--config {pair}: unknown {name!r}; there are {', '.join(types)}")
-    least = {"lora_rank": 0, "guidance": 1}.get(name, 1 if types[name] is int else 1e-3)
+    least = {"lora_rank": 0, "guidance": 1, "mllm_frames": 2}.get(
+        name, 1 if types[name] is int else 1e-3
+    )
     try:
         if types[name] is str:
             return name, text
@@ -301,9 +309,8 @@ class Pairs:
             bar = tqdm(shapes, "sizes", len(self.pairs), leave=False, disable=QUIET)
             self.shapes = list(bar)  # of each pair: (source's shape, references' shapes...) or None
         self.sizes.save()
-        lines = [pair.where.rpartition(":")[2] for pair in self.pairs]
-        instructions = [pair.instruction for pair in self.pairs]
-        rows = list(zip(lines, instructions, self.shapes))
+        numbers = (pair.where.rpartition(":")[2] for pair in self.pairs)
+        rows = list(zip(numbers, (pair.instruction for pair in self.pairs), self.shapes))
         self.digest = hashlib.sha256(repr(rows).encode()).hexdigest()
         for i, shape in enumerate(self.shapes):
             if shape and (args.stage > 1 or shape[0][0] == 1):
@@ -599,12 +606,12 @@ def trainable(model, args):
         trained += ("dit.source_embedding.",) if args.dit_lora else ("dit.",)
     compute = getattr(torch, args.precision)
     for name, parameter in model.named_parameters():
-        part, _, name_there = name.partition(".")
+        part, _, name_in_part = name.partition(".")
         parameter.requires_grad_(name.startswith(trained) or ".lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float().clone()  # a clone: loaded weights map files
         elif part == "dit":
-            dtype = stored_dtype(name_there, parameter.dtype, compute)
+            dtype = stored_dtype(name_in_part, parameter.dtype, compute)
             parameter.data = parameter.data.to(dtype)
         elif part == "mllm":
             parameter.data = parameter.data.to(compute)
@@ -631,12 +638,9 @@ def make_optimizers(parameters, args):
             continue
         # Decay would pull norms, biases, queries and modulation to zero.
         decays = p.ndim > 1 and "queries" not in name and "modulation" not in name
-        # FSDP's tensors and others cannot share a group.
-        groups.setdefault((isinstance(p, DTensor), decays), []).append(p)
-    groups = [
-        {"params": tensors, "weight_decay": WEIGHT_DECAY if decays else 0.0}
-        for (_, decays), tensors in groups.items()
-    ]
+        kind = isinstance(p, DTensor), WEIGHT_DECAY if decays else 0.0
+        groups.setdefault(kind, []).append(p)  # FSDP's tensors and others cannot share a group
+    groups = [{"params": tensors, "weight_decay": decay} for (_, decay), tensors in groups.items()]
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=WEIGHT_DECAY))
@@ -653,6 +657,12 @@ def learning_rate(step, args, highest):
     if args.schedule == "cosine":
         return highest * ((1 + math.cos(math.pi * done)) / 2)
     return highest
+
+
+def set_learning_rates(optimizers, step, args):
+    for optimizer, highest in zip(optimizers, (args.lr, args.muon_lr)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args, highest)
 
 
 def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change_weight=0.0):
@@ -735,8 +745,7 @@ def train(args, build, validate):
             waited = time.perf_counter() - began
 
             # The gradient of the mean loss over the samples of all processes.
-            usable = sum(sample.weight for samples in chunks for sample in samples)
-            count = sum(processes.gather(usable))
+            count = sum(processes.gather(sum(s.weight for samples in chunks for s in samples)))
             results = []
             for samples in chunks:
                 losses = sample_losses(model, loader.latents, samples, video, args)  # (B,)
@@ -749,25 +758,18 @@ def train(args, build, validate):
             # One step of the optimizers. Where anything is not finite, nothing changes.
             rows = [(s.place, loss.item(), s.where) for s, loss in results if s.weight]
             rows = sorted(row for part in processes.gather(rows) for row in part)
-            losses = [loss for _, loss, _ in rows]
-            loss = sum(losses) / count if rows else math.nan
+            loss = sum(loss for _, loss, _ in rows) / count if rows else math.nan
             finite = all(map(math.isfinite, [loss, norm]))
-            for optimizer, highest in zip(optimizers, (args.lr, args.muon_lr)):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, args, highest)
-                if finite:
+            set_learning_rates(optimizers, step, args)
+            if finite:
+                for optimizer in optimizers:
                     optimizer.step()
             model.zero_grad()
 
-            # What a person sees of it.
-            row = {
-                "step": step,
-                "video": video,
-                "samples": len(rows),
-                "loss": loss if rows else None,
-            }
-            row |= {"gradient": norm, "lr": learning_rate(step, args, args.lr), "used": finite}
-            row |= {"broken": len(pairs.broken), "memory": memory(processes.device)}
+            # A line of the log.
+            row = dict(step=step, video=video, samples=len(rows), loss=loss if rows else None)
+            row |= dict(gradient=norm, lr=learning_rate(step, args, args.lr), used=finite)
+            row |= dict(broken=len(pairs.broken), memory=memory(processes.device))
             seconds = time.perf_counter() - began
             metrics.write(row | {"seconds": round(seconds, 3), "waited": round(waited, 3)})
             bar.set_postfix(loss=loss, gradient=norm, refresh=False)
@@ -776,12 +778,14 @@ def train(args, build, validate):
             if not finite:
                 complain(step, loss, norm, rows, pairs, bad_steps)
 
+            # Now and then a validation and a checkpoint.
             done = step + 1
             is_last, stopping = done == args.steps, processes.any(signals)
             if held_out and (is_last or done % args.validate_every == 0):
                 metrics.write(timed_validation(validate, args, model, loader, held_out, done))
             is_due = is_last or stopping or done % args.save_every == 0
-            if processes.any(is_due or checkpoints.overdue()):
+            is_overdue = time.monotonic() - checkpoints.saved > 60 * SAVE_MINUTES
+            if processes.any(is_due or is_overdue):
                 checkpoints.save(done)
                 metrics.draw()
                 say(f"step {done} of {args.steps}: loss {loss:.4f}, checkpoint written")
@@ -1040,9 +1044,6 @@ class Checkpoints:
                 tensors |= {f"{kind} {name}": value for kind, value in memories.items()}
         return tensors
 
-    def overdue(self):
-        return time.monotonic() - self.saved > 60 * SAVE_MINUTES
-
     def save(self, step):
         """Writes the checkpoint of `step` and removes those before the last KEEP."""
         final = self.args.out / "checkpoints" / f"step-{step:07d}"
@@ -1182,15 +1183,12 @@ class Processes:
     """
 
     def __init__(self, device):
-        self.count, self.device = int(os.environ.get("WORLD_SIZE", 1)), torch.device(device)
-        self.rank = int(os.environ.get("RANK", 0))
-        if self.count > 1:
-            backend = "gloo"
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-                backend = "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend)
+        self.count, self.rank, self.device = PROCESSES, RANK, torch.device(device)
+        if self.count > 1 and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl")
+        elif self.count > 1:
+            dist.init_process_group("gloo")
 
     def shard(self, model):
         """Shards the DiT of a model that lies on the CPU, and moves all else to the device."""
