@@ -76,6 +76,8 @@ def settings(arguments=None):
 
     def add(name, help, default=None, type=None, **more):
         help += "" if default is None else " (default: %(default)s)"
+        if "choices" not in more:
+            more.setdefault("metavar", "N")
         group.add_argument(name, help=help, default=default, type=type, **more)
 
     group = parser.add_argument_group("data")
@@ -120,7 +122,8 @@ def settings(arguments=None):
     text = f"steps between checkpoints; one every {SAVE_MINUTES} minutes comes on top"
     add("--save-every", text, 500, count)
     add("--seed", "of data order, noise, σ and dropped instructions", 0, number(int, 0, 2**62))
-    add("--device", "such as cpu or cuda (default: cuda where there is one, else cpu)")
+    text = "such as cpu or cuda (default: cuda where there is one, else cpu)"
+    add("--device", text, metavar="NAME")
     text = "of matrix products and frozen weights (default: bfloat16 on CUDA, else float32)"
     add("--precision", text, choices=("float32", "bfloat16"))
     text = "compute each layer again in the backward pass: less memory, a third more time"
