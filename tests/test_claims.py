@@ -1,4 +1,4 @@
-"""claims.py at a tiny size on the weights that ship: arms, late clips, a whole run of each claim."""
+"""claims.py at a tiny size on the weights that ship: arms, late clips, all claims run."""
 
 import json
 import statistics
@@ -95,7 +95,7 @@ def test_other_connectors(make, name):
     ],
 )
 def test_what_an_arm_trains(out, tmp_path, name, stage):
-    """A frozen MLLM that moves, or queries that stand still: the claim is then about another thing."""
+    """A frozen MLLM that moves, or queries that stand still: then the claim is another."""
     options, before, models = claims.parse(["a", *TINY, "--out", str(out)]), {}, []
 
     def build(args):
@@ -205,7 +205,7 @@ def test_late_clips():
 
 
 def test_every_case_can_be_judged():
-    """The world has edits that change nothing, which its judge refuses: black on white, made gray."""
+    """Some edits change nothing, which the judge refuses: black on white, made gray."""
     seed = 30 * world.SEEDS + 1
     plain = world.sample(seed, kind=world.KINDS[seed % len(world.KINDS)])
     case, _ = claims.draw("image", seed, "train")
