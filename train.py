@@ -152,18 +152,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from connector import InstructX, InstructXConfig, locate, pad, shrink
+from connector import (
+    InstructX,
+    InstructXConfig,
+    fit_reference,
+    locate,
+    pad,
+    recompute_blocks,
+    reference_size,
+)
 from dit import stored_dtype
 from mllm import LoRALinear, lora_layers
 from sampler import FlowSampler
+from vae import to_video
 
 
 class TrainingError(Exception):
@@ -427,12 +442,6 @@ class Pairs:
         return video, plan
 
 
-def reference_size(height, width, area):
-    """(height, width) that connector.shrink gives a picture, without reading it."""
-    scale = min(1.0, (area / (height * width)) ** 0.5)
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
 def read(path, shape):
     """The frames at `path` in a working shape, uint8 (T, H, W, 3), and their rate.
 
@@ -493,12 +502,12 @@ class Latents:
         """[Picture] of one shape -> (B, 16, F, h, w) float32, on the VAE's device."""
         for picture in pictures:
             picture.z = self.encode(picture) if picture.z is None else picture.z
-        return torch.cat([p.z.to(self.vae.conv1.weight.device) for p in pictures]).float()
+        device = self.vae.conv1.weight.device
+        return torch.cat([picture.z.to(device) for picture in pictures]).float()
 
-    @torch.no_grad()
     def encode(self, picture):
-        video = torch.tensor(picture.frames).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
-        z = self.vae.encode(video.to(self.vae.conv1.weight) / 127.5 - 1)  # (1, 16, F, h, w)
+        video = to_video(picture.frames, like=self.vae.conv1.weight)  # (1, 3, T, H, W)
+        z = self.vae.encode(video)  # (1, 16, F, h, w)
         if picture.file and self.folder:
             content = to_bytes({"z": z.cpu().contiguous()})
             if not keep_file(picture.file, content):
@@ -551,8 +560,8 @@ class Loader:
     def sample(self, pair, shape, instruction, place=(0, 0), seed=0):
         frames, fps = read(pair.source, shape[0])  # (T, H, W, 3)
         area = shape[0][1] * shape[0][2]
-        # by the rule of InstructX.edit
-        images = [shrink(read_frames(path, limit=1).frames[0], area) for path in pair.references]
+        images = [read_frames(path, limit=1).frames[0] for path in pair.references]
+        images = [fit_reference(image, area) for image in images]  # (H, W, 3), as in an edit
         inputs = self.model.prompt(frames, instruction, images, fps)
         target = self.latents.look_up(pair.target, shape[0])
         source, references = None, []
@@ -724,8 +733,8 @@ def train(args, build, validate):
     processes = Processes(args.device)
     model = build(args)
     processes.shard(model)
-    model.dit.gradient_checkpointing = args.gradient_checkpointing
-    model.mllm.gradient_checkpointing = args.gradient_checkpointing
+    if args.gradient_checkpointing:
+        recompute_blocks([*model.dit.blocks, *model.mllm.model.layers])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(parameters, args)
     pairs = read_pairs(args, args.data, model, processes)

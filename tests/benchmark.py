@@ -37,6 +37,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from conftest import randomize, tiny_tokenizer
+
 from connector import InstructX, compile_blocks
 from dit import PRESETS as DITS
 from dit import WanDiT, step_flops

@@ -14,9 +14,10 @@ FOLDER = Path(__file__).resolve().parents[1] / "weights" / "shapes"
 sys.path.insert(0, str(FOLDER))
 
 import claims
-import train
 import world
 from claims import ARMS, CLAIMS, MEDIA
+
+import train
 
 TINY = (
     (

@@ -20,8 +20,16 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, TiffImagePlugin
 
 import edit
-from edit import CLIP_OPTIONS, IMAGE_OPTIONS, Media, MediaError, media_shape, read_frames
-from edit import write_clip, write_image
+from edit import (
+    CLIP_OPTIONS,
+    IMAGE_OPTIONS,
+    Media,
+    MediaError,
+    media_shape,
+    read_frames,
+    write_clip,
+    write_image,
+)
 
 SCRIPT = Path(edit.__file__)
 H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p")

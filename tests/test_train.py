@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from connector import InstructX, shrink
+from connector import InstructX, fit_reference
 from dit import WanDiT, WanDiTConfig
 from edit import read_frames, write_clip
 from sampler import FlowSampler
@@ -452,7 +452,7 @@ def test_references_are_those_that_an_edit_sees(loader, tmp_path, size):
     )
     row = {"source": names[0], "target": names[1], "instruction": "x", "references": names[2:]}
     made = loader(2, "--data", write_rows(tmp_path / "d.jsonl", [row]))
-    image = shrink(read_frames(tmp_path / "r.png").frames[0], 16 * 16)
+    image = fit_reference(read_frames(tmp_path / "r.png").frames[0], 16 * 16)
     shape = made.pairs.shapes[0]
     assert shape == ((1, 16, 16), (1, *image.shape[:2]))
     sample = made.sample(made.pairs.pairs[0], shape, "x")

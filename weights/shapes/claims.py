@@ -57,8 +57,9 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-import train
 import world
+
+import train
 from connector import Connector, InstructX, InstructXConfig, locate
 from dit import WanDiT
 from edit import Parser, number
@@ -314,7 +315,7 @@ def fresh(kind, folder, settings, seed):
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        connector = Connector(config)
+        connector = Connector(config).initialize()
         if config.lora_rank:
             add_lora(mllm, config.lora_rank, config.lora_alpha)
         return kind(
