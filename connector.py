@@ -316,10 +316,7 @@ class InstructX(nn.Module):
 
         Sides and length are padded to what the models take, by the last row, column and frame.
         """
-        length, height, width, _ = frames.shape
-        side = self.multiple()
-        extra = ((1 - length) % self.vae.temporal_stride, -height % side, -width % side)
-        frames = np.pad(frames, [*((0, n) for n in extra), (0, 0)], mode="edge")
+        frames = pad(frames, self.multiple(), self.vae.temporal_stride)
         return self.vae.encode(to_video(frames, like=self.vae.conv1.weight))
 
     def decode(self, z, shape):
@@ -557,6 +554,13 @@ def check_frames(frames):
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3)")
     return frames
+
+
+def pad(frames, side, stride):
+    """Repeats the last row, column and frame: sides n * `side`, length n * `stride` + 1."""
+    length, height, width, _ = frames.shape
+    extra = ((0, (1 - length) % stride), (0, -height % side), (0, -width % side), (0, 0))
+    return np.pad(frames, extra, mode="edge")
 
 
 def fit_reference(picture, area):

@@ -1,64 +1,111 @@
-"""Edits an image or a video from the terminal: media in, instruction, media out.
+"""Edits an image or a clip from the terminal: media in, instruction, media out.
 
-    python edit.py photo.jpg "make it night" -o night.jpg
-    python edit.py clip.mp4 "put this hat on the dog" --ref hat.png -o hat.mp4 --steps 30 --seed 1
-    torchrun --nproc-per-node 4 edit.py clip.mp4 "make it night" -o night.mp4   # the DiT on four GPUs
+    python edit.py photo.jpg "make it night"                     # writes photo-edited.jpg
+    python edit.py clip.mp4 "put this hat on the dog" --ref hat.png -o hat.mp4 --steps 30
 
-Whether the input is an image or a clip is told by its content, not by its name. The result has its size, number of
-frames, frame rate and sound, and lies on it pixel for pixel; it appears under its name only when it is whole.
-stdout gets the names of the files written, stderr all else: progress, remarks, time and memory of each phase.
+The file's content decides between image and clip, not its extension. The result keeps the input's
+size, frame count, times and sound, aligned pixel for pixel, and takes its name once complete.
+stdout gets the names of the files written; stderr gets progress, remarks, seconds and memory.
 
-PIL reads images and animations, ffmpeg all other clips. `read_frames`, `write_image` and `write_clip` stand alone:
-train.py reads its data with them. torch and the models are imported late, inside `load`, so that a mistyped option or
-a broken file is reported at once and not after seconds of imports.
+PIL reads images and animations; PyAV reads clips, and writes clips and animations. `read_frames`,
+`media_shape`, `write_image`, `write_clip` and `whole` stand alone: train.py uses them too. torch
+and the models are imported late, inside `load`, so that a mistyped option is reported at once.
 """
 
 import argparse
 import contextlib
+import io
 import itertools
+import json
 import math
 import os
+import platform
 import re
+import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
-from imageio_ffmpeg import get_ffmpeg_exe
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from av.stream import Disposition
+from av.video.reformatter import ColorRange
+from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from tqdm import tqdm
 
-# What is opened at all. PIL and ffmpeg know more formats, of no use here or unsafe: playlists that name other files,
-# text shown as video, PostScript that is run. Of the animated ones, several images make a clip; in a TIFF or in a
-# phone's JPEG they do not.
+# Only these are opened. PIL and FFmpeg know more formats, of no use here or unsafe: playlists that
+# name other files, text shown as video, PostScript that is run. Of the animated ones several images
+# make a clip; in a TIFF or in a phone's JPEG they are something else.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 ANIMATED_FORMATS = ("PNG", "WEBP", "GIF")
-CLIP_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,mxf,dv,h264,hevc,ivf,nut,yuv4mpegpipe"
+CLIP_FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,mxf,dv,h264,hevc,ivf,nut,yuv4mpegpipe"
+)
+# Of these photos a preview or a single tile would be opened. Most camera raw files are TIFFs.
+RAW_SUFFIXES = set(
+    ".3fr .arw .cr2 .cr3 .dng .erf .iiq .kdc .mos .nef .nrw .orf .pef .raf .rw2 .srw".split()
+)
+PHOTO_BRANDS = (b"hei", b"hev", b"mif", b"avi", b"crx")
+NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706
+# Of a TIFF's tags those that are about the picture, not about where in the file its pixels are:
+# description, camera, software, date, author, copyright, EXIF, GPS.
+TIFF_TAGS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, 0x8769, 0x8825}
 
-# What is written. The number of threads is fixed because x264 and VP9 code differently with another one.
-JPEG, H264 = {"quality": 95, "subsampling": 0}, "-c:v libx264 -preset medium -crf 16 -threads 4"
-IMAGE_OPTIONS = {".png": {}, ".jpg": JPEG, ".jpeg": JPEG, ".webp": {"quality": 95}, ".gif": {}}
-CLIP_OPTIONS = {
-    ".mp4": f"{H264} -movflags +faststart -f mp4", ".mov": f"{H264} -movflags +faststart -f mov",
-    ".mkv": f"{H264} -f matroska", ".webm": "-c:v libvpx-vp9 -crf 18 -b:v 0 -cpu-used 3 -threads 4 -f webm",
-    ".gif": "-f gif", ".webp": "-c:v libwebp_anim -quality 95 -loop 0 -f webp", ".png": "-f apng -plays 0",
+# What is written, by extension. For images: arguments of PIL's save.
+JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
+IMAGE_OPTIONS = {
+    ".png": {"format": "PNG"},
+    ".jpg": JPEG,
+    ".jpeg": JPEG,
+    ".webp": {"format": "WEBP", "quality": 95},
+    ".gif": {"format": "GIF"},
 }
-SILENT = (".gif", ".webp", ".png")
-# Between RGB and YUV ffmpeg is quick by default, and darkens a clip by a level each time.
-EXACT = "bicubic+accurate_rnd+full_chroma_int"
-MATRICES = {"bt709": "bt709", "smpte170m": "smpte170m", "bt470bg": "bt470", "bt2020nc": "bt2020"}  # as `scale` has them
+# For clips: FFmpeg's container, codec, pixel format, and options of the codec.
+H264 = ("libx264", "yuv420p", {"preset": "medium", "crf": "16"})
+VP9 = {"crf": "18", "b": "0", "cpu-used": "3"}
+GIF = ("gif", "gif", "pal8", {})
+WEBP = ("webp", "libwebp_anim", "bgra", {"quality": "95"})
+CLIP_OPTIONS = {
+    ".mp4": ("mp4", *H264),
+    ".mov": ("mov", *H264),
+    ".mkv": ("matroska", *H264),
+    ".webm": ("webm", "libvpx-vp9", "yuv420p", VP9),
+    ".gif": GIF,
+    ".webp": WEBP,
+    ".png": ("apng", "apng", "rgb24", {}),
+}
+TRANSPARENT_CLIP_OPTIONS = {
+    ".mov": ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
+    ".webm": ("webm", "libvpx-vp9", "yuva420p", VP9),
+    ".gif": GIF,
+    ".webp": WEBP,
+    ".png": ("apng", "apng", "rgba", {}),
+}
+ANIMATIONS = (".gif", ".webp", ".png")
+THREADS = 4  # fixed, because x264 and VP9 code differently with another number
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ignore transparency
 
-LEADS = os.environ.get("RANK", "0") == "0"     # under torchrun one process writes and speaks for all
-SMALLEST, LARGEST, LARGEST_AREA = 16, 8192, 4096 * 4096             # pixels
-WEBP_SIDE = 16383                                                   # the most that the format can say
-MOST_NARROW = 200                                                   # the MLLM takes sides of less than 200 to 1
+# Between RGB and YUV FFmpeg is quick by default, and darkens a clip by a level each time.
+EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
+# Colors of a clip are code points of ITU-T H.273: matrix, primaries, transfer.
+BT709, BT601 = (1, 1, 1), (6, 2, 2)
+UNKNOWN, BT2020, FULL_RANGE = 2, 9, 2
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
+MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020"}
+
+LEAD_IN = 0.1  # seconds of sound that are kept before the first frame, since decoders need them
+TECHNICAL_TITLES = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration"}
+SMALLEST, LARGEST, LARGEST_AREA = 16, 8192, 4096 * 4096  # pixels
+WEBP_SIDE = 16383  # the longest that the format can say
+MOST_NARROW = 200  # the MLLM takes sides of less than 200 to 1
+REPORT_EVERY = 10  # seconds, where stderr is no terminal
+DEFAULT_WEIGHTS = Path(__file__).resolve().parent / "weights" / "shapes"
 
 # PIL warns of 89 million pixels and refuses twice as many. The refusal is enough.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -73,58 +120,138 @@ class Media:
     """A file that was read: its pixels, and what it takes to write a result that is like it."""
 
     path: Path
-    frames: np.ndarray                  # uint8 (T, H, W, 3); T = 1 for an image
-    fps: Fraction | None = None         # frames per second; None for an image
-    total: int = 1                      # frames in the file, of which `frames` may be the first few
-    steady: bool = True                 # False: the frame rate varies, `fps` is its average
-    alpha: np.ndarray | None = None     # uint8 (H, W), of an image
-    profile: dict = field(default_factory=dict)  # icc_profile and exif of an image, as PIL's save takes them
+    frames: np.ndarray  # uint8 (T, H, W, 3); T = 1 for an image
+    fps: Fraction | None = None  # frames per second, or their average; None for an image
+    total: int = 1  # frames in the file, of which `frames` may be the first few
+    times: tuple = ()  # where the rate varies: seconds from frame 0 to each frame and to the end
+    alpha: np.ndarray | None = None  # uint8 (T, H, W)
+    profile: dict = field(default_factory=dict)  # icc_profile and exif of an image, for PIL's save
+    loop: int = 0  # how often an animation plays; 0: for ever
+    start: Fraction | None = None  # of a clip: seconds into the file at which frame 0 is shown
     sound: bool = False
-    delay: float = 0.0                  # seconds from the start of the file to the first frame
-    colors: tuple = ()                  # matrix, primaries and transfer of a clip that says so, in ffmpeg's words
-    aspect: str | None = None           # width to height of a pixel of a clip, such as "5:4", where it is not 1:1
+    colors: tuple = ()  # matrix, primaries and transfer of a clip that names them
+    aspect: Fraction | None = None  # width to height of a pixel, where it is not 1
+    remarks: list = field(default_factory=list)  # what the owner of the file should know
 
     @property
     def is_video(self):
         return self.fps is not None
 
+    @property
+    def steady(self):
+        """Whether the frame rate is constant."""
+        return not self.times
+
+
+# Media in
+
 
 def read_frames(path, limit=None, size=None, check=None):
-    """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of their names) -> Media.
+    """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of numbers).
 
     Args:
         limit: at most so many frames are decoded. None for all.
         size: (width, height) to which every frame is scaled. None for its own.
         check: called as check(path, width, height) before much is decoded; it may raise MediaError.
 
-    Images are turned as EXIF says, laid on white where transparent, and made 8-bit RGB. Clips are turned as they say.
+    Returns: Media. Frames are turned as the file says, and laid on white where transparent.
     Raises FileNotFoundError, or MediaError for anything else than a whole image or clip.
     """
     path, check = Path(path), check or (lambda path, width, height: None)
     if path.is_dir():
         return read_folder(path, limit, size, check)
+    with open_image(path) as image:
+        if image is None:
+            return read_clip(path, limit, size, check)
+        check(path, *(size or image.size))
+        if frame_count(image) > 1:
+            return read_animation(path, image, limit, size)
+        return read_image(path, image, size)
+
+
+def media_shape(path):
+    """(T, H, W) of what `read_frames` reads, by headers if possible. Raises the same errors."""
+    path = Path(path)
+    if path.is_dir():
+        files = frame_files(path)
+        return len(files), *media_shape(files[0])[1:]
+    with open_image(path) as image:
+        if image is None:
+            clip = read_clip(path, 1)
+            return clip.total, *clip.frames.shape[1:3]
+        length = frame_count(image)
+        turned = length == 1 and orientation(image) > 4
+        return length, *(image.size if turned else image.size[::-1])
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """Gives the PIL image at `path`, None for what may be a clip. Errors inside are MediaErrors."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+        problem = "is a pipe or a device, not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}")
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            check(path, *(size or image.size))
-            if image.format in ANIMATED_FORMATS and image.n_frames > 1:
-                return read_animation(path, image, limit, size)
-            return read_picture(path, image, size)
-    except UnidentifiedImageError:
-        return read_clip(path, limit, size, check)
+        try:
+            image = Image.open(path, formats=IMAGE_FORMATS)
+        except UnidentifiedImageError:
+            image = None
+        with image or contextlib.nullcontext():
+            if is_preview(path, image):
+                kind = "a camera raw file, or a HEIC or AVIF photo"
+                raise MediaError(f"{path} is {kind}; convert it to JPEG, PNG or TIFF first")
+            yield image
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise MediaError(f"{path} has more than {most:.0f} million pixels; make it smaller before") from None
+        raise MediaError(
+            f"{path} has more than {most:.0f} million pixels; scale it first"
+        ) from None
     except MediaError:
         raise
-    except Exception as error:          # each of PIL's decoders fails in its own way
-        raise MediaError(f"{path} cannot be read, or is a damaged or truncated image ({error})") from None
+    except Exception as error:  # each decoder fails in its own way
+        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
+            raise  # PyAV has its own for sizes that a damaged file claims
+        problem = f"cannot be read, or is damaged or truncated ({error})"
+        raise MediaError(f"{path} {problem}") from None
+
+
+def is_preview(path, image):
+    """Whether only a preview or a tile of a photo would be opened: camera raw, HEIC, AVIF."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS:
+        return True
+    if image and image.format == "TIFF":
+        tags = image.tag_v2
+        if head[8:10] == b"CR" or DNG_VERSION in tags or tags.get(NEW_SUBFILE_TYPE, 0) & 1:
+            return True
+    return path.suffix.lower() in RAW_SUFFIXES
+
+
+def frame_count(image):
+    return image.n_frames if image.format in ANIMATED_FORMATS else 1
+
+
+def orientation(image):
+    """1 to 8, as in EXIF. A PNG's counts only before its pixels, so that none need be decoded."""
+    return Image.Image.getexif(image).get(0x0112, 1)
+
+
+def frame_files(path):
+    """The images of a folder, frame_2.png before frame_10.png, without hidden ones."""
+
+    def by_numbers(file):
+        parts = re.split(r"(\d+)", file.name)
+        return [int(part) if part.isdecimal() else part for part in parts]
+
+    files = [file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_OPTIONS]
+    if not files:
+        raise MediaError(f"{path} is a folder without images")
+    return sorted(files, key=by_numbers)
 
 
 def read_folder(path, limit, size, check):
     """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_OPTIONS)
+    files = frame_files(path)
     frames, shapes = [], set()
     for file in files[:limit]:
         frame = read_frames(file, 1, check=lambda path, *own: check(path, *(size or own))).frames[0]
@@ -135,34 +262,83 @@ def read_folder(path, limit, size, check):
     return Media(path, np.stack(frames), fps=Fraction(16), total=len(files))
 
 
-def read_picture(path, image, size):
-    """A PIL image -> Media of one frame, with its transparency, profile and EXIF."""
-    # The profile goes along only where the result still has the same kind of colors.
-    keep = image.format != "TIFF" and image.mode in ("RGB", "RGBA", "P")
-    image = ImageOps.exif_transpose(image)
-    profile = {"icc_profile": image.info.get("icc_profile"), "exif": image.getexif().tobytes()} if keep else {}
+def read_image(path, image, size):
+    """A PIL image -> Media of one frame, with its transparency, color profile and EXIF."""
+    profile, remarks, is_tiff = {}, [], image.format == "TIFF"
+    if orientation(image) > 1:
+        image = ImageOps.exif_transpose(image)
+    try:
+        exif = image.getexif()
+        for tag in set(exif) - TIFF_TAGS if is_tiff else ():
+            del exif[tag]
+        if len(exif):
+            profile["exif"] = exif.tobytes()
+    except Exception:
+        remarks.append("has damaged EXIF, which is left out")
+    icc = image.info.get("icc_profile") or b""
+    if icc[16:20] == b"RGB ":
+        profile["icc_profile"] = icc
+    elif icc:  # of CMYK or grey, which the result is not
+        image = to_srgb(eight_bits(image), icc)
     frame, alpha = pixels(image)
-    return Media(path, fit(frame, size)[None], alpha=None if alpha is None else fit(alpha, size),
-                 profile={name: value for name, value in profile.items() if value})
+    alpha = None if alpha is None else fit(alpha, size)[None]
+    return Media(path, fit(frame, size)[None], alpha=alpha, profile=profile, remarks=remarks)
 
 
 def read_animation(path, image, limit, size):
-    """An animated PNG, WebP or GIF -> Media; each frame laid on white."""
-    frames, durations = [], []
+    """An animated PNG, WebP or GIF -> Media."""
+    frames, alphas, durations = [], [], []
+    icc = image.info.get("icc_profile")
     for frame in itertools.islice(ImageSequence.Iterator(image), limit):
-        frames.append(fit(pixels(frame)[0], size))
-        durations.append(frame.info.get("duration") or 100)         # ms; browsers too show 0 as 100
-    fps = Fraction(1000 * len(frames) / sum(durations)).limit_denominator(1001)
-    steady = max(durations) - min(durations) <= 10                  # GIF counts in steps of 10 ms
-    return Media(path, np.stack(frames), fps, image.n_frames, steady)
+        frame.load()  # before, WebP tells no duration
+        milliseconds = frame.info.get("duration") or 100  # browsers too show 0 as 100
+        durations.append(Fraction(milliseconds) / 1000)
+        frame, alpha = pixels(to_srgb(frame, icc) if icc else frame)
+        opaque = np.full(frame.shape[:2], 255, np.uint8)
+        frames.append(fit(frame, size))
+        alphas.append(fit(opaque if alpha is None else alpha, size))
+    times = (0, *itertools.accumulate(durations))
+    fps = (len(frames) / times[-1]).limit_denominator(1001)
+    if max(durations) - min(durations) <= Fraction(1, 100):  # GIF counts in hundredths of a second
+        times = ()
+    loop = image.info.get("loop", 1)  # a GIF without it plays once
+    alpha = unless_opaque(alphas)
+    return Media(path, np.stack(frames), fps, image.n_frames, times, alpha, loop=loop)
+
+
+def unless_opaque(alphas):
+    """[uint8 (H, W)] -> (T, H, W), or None where nothing is transparent."""
+    if all(alpha.min() == 255 for alpha in alphas):
+        return None
+    return np.stack(alphas)
+
+
+def eight_bits(image):
+    """16 bits of grey, which PIL would clip at 255 rather than scale, as 8."""
+    if image.mode == "F":
+        raise ValueError("floating point pixels; 8 or 16 bits can be read")
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image) / 257).round().clip(0, 255)
+        return Image.fromarray(grey.astype(np.uint8))
+    return image
+
+
+def to_srgb(image, icc):
+    """Converts a PIL image by its color profile, unless that is damaged or of other colors."""
+    image = image.convert("RGBA") if image.mode == "P" else image
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, profile, srgb, intent, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
 
 
 def pixels(image):
-    """A PIL image of any mode -> uint8 (H, W, 3), and its alpha (H, W) or None. What is transparent lies on white."""
-    if image.mode == "F":
-        raise ValueError("floating point pixels; 8 or 16 bits can be read")
-    if image.mode.startswith("I"):      # 16 bits of grey, which PIL would clip at 255 rather than scale
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    """A PIL image -> uint8 (H, W, 3), laid on white where transparent, and alpha (H, W) or None."""
+    image = eight_bits(image)
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB")), None
     image = image.convert("RGBA")
@@ -178,456 +354,971 @@ def fit(array, size):
     return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
 
 
-def read_clip(path, limit, size, check):
-    """Whatever ffmpeg reads -> Media, with the exact frame rate and what the sound and the colors need."""
+@contextlib.contextmanager
+def open_clip(path):
+    """Gives (container, its picture track). FFmpeg gets an open file and can open no other one."""
+    options = {"format_whitelist": CLIP_FORMATS, "protocol_whitelist": "none"}
+    cover = Disposition.attached_pic | Disposition.timed_thumbnails
+    error = MediaError(f"{path} is neither an image nor a video that can be read, or it is damaged")
     with path.open("rb") as file:
-        start = file.read(12)
-    if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif", b"avi"):
-        # ffmpeg would open it, and show one tile of it.
-        raise MediaError(f"{path} is a HEIC or AVIF photo; convert it to JPEG or PNG")
-    header, stamps, tick = list_frames(path)
-    frames = []
-    with contextlib.closing(decode(path, limit)) as decoded:        # closing: ffmpeg ends with whatever ends this loop
-        for frame in decoded:
-            check(path, *(size or frame.shape[1::-1]))
+        try:
+            container = av.open(file, container_options=options, metadata_errors="replace")
+        except av.FFmpegError:
+            raise error from None
+        with container:
+            tracks = [track for track in container.streams.video if not track.disposition & cover]
+            if not tracks or not tracks[0].codec_context:
+                raise error
+            yield container, tracks[0]
+
+
+def read_clip(path, limit=None, size=None, check=None):
+    """A clip -> Media."""
+    total, remarks, frames, alphas, stamps = count_frames(path), [], [], [], []
+    with open_clip(path) as (container, track):
+        pictures = decode(container, track)
+        first = next(pictures, None)
+        if first is None:
+            raise MediaError(f"{path} has no frame that can be decoded")
+        turn = sideways, _, _ = turn_of(first)
+        aspect, own_size = Fraction(track.sample_aspect_ratio or 1), (first.width, first.height)
+        if sideways:
+            aspect, own_size = 1 / aspect, own_size[::-1]
+        size = size or own_size
+        if check:
+            check(path, *size)
+        colors, components = clip_colors(first, track), first.format.components
+        transparent = first.format.has_palette or any(part.is_alpha for part in components)
+        layout = "rgba" if transparent else "rgb24"
+        pictures = itertools.chain([first], pictures)
+        for picture in to_rgb(pictures, layout, colors, remarks):
+            if picture.pts is not None:
+                stamps.append(picture.pts * picture.time_base)
+            lasts = (picture.duration or 0) * picture.time_base
+            if len(frames) == limit:  # one more frame tells how long the last one is shown
+                break
+            frame, alpha = pixels(Image.fromarray(turned(picture.to_ndarray(), turn)))
             frames.append(fit(frame, size))
-    if not frames:
-        raise MediaError(f"{path} has no frame that can be decoded")
-    shown = re.search(r"Video: .*?([\d.]+) fps", header)
-    fps, steady = frame_rate(stamps[:len(frames) + 1], tick, float(shown[1]) if shown else 25.0)
-    found = re.search(rf"Video: [^,]+, \w+\((?:[^)]*, )?({'|'.join(MATRICES)})(?:/(\w+)/(\w+))?", header)
-    colors = tuple(name or found[1] for name in found.groups()) if found else ()
-    pixel = re.search(r"Video: .*SAR (\d+:\d+) DAR", header)
-    aspect = pixel[1] if pixel and not size and pixel[1] != "1:1" else None
-    return Media(path, np.stack(frames), fps, max(len(stamps), len(frames)), steady, sound="Audio: " in header,
-                 delay=max(0.0, float(stamps[0] * tick)), colors=colors, aspect=aspect)
+            if alpha is not None:
+                alphas.append(fit(alpha, size))
+        rates = [track.guessed_rate, track.average_rate, track.base_rate]
+        rates = [rate for rate in rates if rate]
+        fps, times = frame_rate(stamps, len(frames), lasts, track.time_base, rates)
+        bits = max(part.bits for part in components)
+        if colors and colors[2] in HDR_TRANSFERS:
+            kept = "the result keeps its label, but has 8 bits per color"
+            remarks.append(f"is HDR ({HDR_TRANSFERS[colors[2]]}); {kept}")
+        elif bits > 8:
+            remarks.append(f"has {bits} bits per color; the result has 8")
+        return Media(
+            path,
+            np.stack(frames),
+            fps,
+            max(total, len(frames)),
+            times,
+            alpha=unless_opaque(alphas),
+            start=min(stamps, default=Fraction(0)),
+            sound=len(container.streams.audio) > 0,
+            colors=colors,
+            aspect=aspect if aspect != 1 and size == own_size else None,
+            remarks=remarks,
+        )
 
 
-def ffmpeg(path, *options):
-    """The command that reads the first picture track of `path` (capital V: a song's cover is none) to stdout."""
-    return [get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", "-format_whitelist", CLIP_FORMATS,
-            "-i", os.path.abspath(path), "-map", "0:V:0", *options, "-"]
+def count_frames(path):
+    """How many frames a clip shows. Decodes nothing; raises MediaError if its end is missing."""
+    total, end, size, has_key_frame = 0, 0.0, 0, False
+    with open_clip(path) as (container, track):
+        for packet in container.demux():
+            size += max(1, packet.size)
+            if size > 2 * path.stat().st_size + 1_000_000:
+                raise MediaError(f"{path} is damaged: it claims more frames than it has bytes for")
+            if not packet.size:
+                continue
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream.index == track.index:
+                has_key_frame = has_key_frame or packet.is_keyframe  # a recording starts anywhere
+                total += has_key_frame and not packet.is_discard  # edit lists hide frames
+        declared = (container.duration or 0) / av.time_base
+        if container.format.name.startswith(("mov", "matroska")) and end < 0.98 * declared - 0.2:
+            raise MediaError(f"{path} is truncated: it ends after {end:.1f} of {declared:.1f} s")
+    return total
 
 
-def list_frames(path):
-    """What ffmpeg says of a clip, the time stamps of all its frames, sorted, and their unit in s. Decodes nothing."""
-    run = subprocess.run(ffmpeg(path, "-c", "copy", "-f", "framecrc"), capture_output=True, text=True, errors="replace")
-    rows = [line.split(",") for line in run.stdout.splitlines() if line and line[0] != "#"]
-    tick = re.search(r"#tb 0: (\d+/\d+)", run.stdout)
-    if re.search("partial file|ended prematurely", run.stderr):
-        raise MediaError(f"{path} is truncated: its end is missing")
-    if run.returncode or not rows or not tick:
-        raise MediaError(f"{path} is neither an image nor a video that can be read, or it is damaged")
-    column = 2 if all(abs(int(row[2])) < 2**62 for row in rows) else 1  # AVI tells only the order of decoding
-    return run.stderr.partition("Output #0")[0], sorted(int(row[column]) for row in rows), Fraction(tick[1])
+def decode(container, track):
+    """Yields the frames of a clip, av.VideoFrame. Like players it skips what cannot be decoded."""
+    decoder, failures = track.codec_context, 0
+    decoder.thread_type = "SLICE"  # whole frames in threads would be lost beside a damaged one
+    metadata = {name.lower(): value for name, value in track.metadata.items()}
+    if metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
+        decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
+    for packet in container.demux(track):
+        if not packet.size and packet.dts is not None:
+            continue  # without a time stamp it would be the end
+        try:
+            yield from decoder.decode(packet)
+        except av.FFmpegError:
+            failures += 1
+            if failures > 1000:  # no clip but an attack
+                raise
 
 
-def frame_rate(stamps, tick, shown):
-    """(exact frames per second, whether all frames keep to it). `shown`: as ffmpeg prints it, with two decimals.
+def turn_of(picture):
+    """How a clip is shown: (sideways, then upside down, mirrored). x' = ax + cy, y' = bx + dy."""
+    data = picture.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
 
-    Time stamps are rounded to ticks, in Matroska to 1 ms, so they alone do not tell 29.97 from 30000/1001. A usual
-    rate that is printed alike and agrees with every time stamp is taken for the true one.
+
+def turned(frame, turn):
+    """Turns an array (H, W, C) by quarters and mirrors it."""
+    sideways, upside_down, mirrored = turn
+    frame = frame.swapaxes(0, 1) if sideways else frame
+    return np.ascontiguousarray(frame[:: -1 if upside_down else 1, :: -1 if mirrored else 1])
+
+
+def to_rgb(pictures, layout, colors, remarks):
+    """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
+    graph = now = interlaced = None
+    for picture in pictures:
+        interlaced = interlaced or picture.interlaced_frame
+        before, now = now, (picture.width, picture.height, picture.format.name, interlaced)
+        if now != before:  # seldom after the first
+            yield from pulled(graph, None) if graph else ()
+            scale = EXACT
+            if not picture.format.is_rgb:
+                matrix = (colors or default_colors(picture.width, picture.height))[0]
+                limits = "full" if picture.color_range == FULL_RANGE else "auto"
+                scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
+            filters = [("scale", scale), ("format", f"pix_fmts={layout}")]
+            if interlaced:
+                filters.insert(0, ("bwdif", "mode=send_frame"))
+            size = picture.width, picture.height
+            graph = filter_graph(size, picture.format.name, picture.time_base, filters)
+        yield from pulled(graph, picture)
+    if interlaced:
+        remarks.append("is interlaced; the result is not")
+    yield from pulled(graph, None)
+
+
+def filter_graph(size, layout, tick, filters):
+    """FFmpeg's filters [(name, arguments)] in a row."""
+    graph = av.filter.Graph()
+    width, height = size
+    source = graph.add_buffer(width=width, height=height, format=layout, time_base=tick)
+    nodes = [graph.add(name, arguments) for name, arguments in filters]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+def pulled(graph, picture):
+    """Gives a filter graph a frame, or None at the end, and yields what it has ready."""
+    graph.push(picture)
+    with contextlib.suppress(av.BlockingIOError, av.EOFError):
+        while True:
+            yield graph.pull()
+
+
+def clip_colors(picture, track):
+    """(matrix, primaries, transfer) of a clip; () where it names none, or is RGB."""
+    context = track.codec_context
+    matrix, primaries, transfer = context.colorspace, context.color_primaries, context.color_trc
+    if picture.format.is_rgb or {matrix, primaries, transfer} <= {0, UNKNOWN}:
+        return ()
+    if matrix not in MATRICES:
+        default = default_colors(picture.width, picture.height)[0]
+        matrix = BT2020 if primaries == BT2020 else default
+    return matrix, primaries, transfer
+
+
+def default_colors(width, height):
+    """What players take a clip for that names no colors: BT.709 if it is larger than a DVD."""
+    return BT709 if width > 1024 or height > 576 else BT601
+
+
+def frame_rate(stamps, count, lasts, tick, rates):
+    """The rate of a clip -> (frames per second, ()), or (their average, times) where it varies.
+
+    Args:
+        stamps: seconds of the `count` frames, perhaps of one more; [] where there are none.
+        lasts: seconds that the last of them is shown, or 0.
+        tick: seconds to which they are rounded; Matroska's 1 ms does not tell 29.97 from
+            30000/1001. So a rate that agrees with every time stamp is taken for the true one.
+        rates: what the file says, most trusted first.
     """
-    usual = (Fraction(round(shown)), Fraction(1000 * round(shown * 1.001), 1001))
-    rates = [rate for rate in usual if rate and abs(rate - shown) < 0.0051]
-    if span := (stamps[-1] - stamps[0]) * tick:
-        rates.append(((len(stamps) - 1) / span).limit_denominator(100_000))
+    stated = rates[0] if rates else Fraction(25)
+    usual = [Fraction(round(stated)), Fraction(1000 * round(float(stated) * 1.001), 1001)]
+    rates = [rate for rate in usual if rate and abs(rate - stated) < 0.0051] + rates
+    if len(stamps) < count or count == 1 or stamps != sorted(set(stamps)):  # AVI has none to show
+        return rates[0] if rates else stated, ()
+    times = [stamp - stamps[0] for stamp in stamps]
+    rates.append(((len(times) - 1) / times[-1]).limit_denominator(100_000))
     for rate in rates:
-        if all(abs((stamp - stamps[0]) * tick - i / rate) <= tick for i, stamp in enumerate(stamps)):
-            return rate, True
-    return (rates[-1], False) if rates else (Fraction(25), True)
+        if all(abs(time - i / rate) <= tick for i, time in enumerate(times)):
+            return rate, ()
+    if len(times) == count:
+        times.append(times[-1] + (lasts or times[-1] / (count - 1)))
+    return (count / times[-1]).limit_denominator(100_000), tuple(times)
 
 
-def decode(path, limit):
-    """Yields the frames of a clip, uint8 (H, W, 3). As PPM, because each of its frames says how large it is."""
-    options = ["-fps_mode", "passthrough", "-sws_flags", EXACT, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
-    command = ffmpeg(path, *options, *(["-frames:v", str(limit)] if limit else []))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        while process.stdout.readline() == b"P6\n":
-            width, height = map(int, process.stdout.readline().split())
-            process.stdout.readline()                               # the largest value, 255
-            data = process.stdout.read(width * height * 3)
-            if len(data) == width * height * 3:
-                yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def unfinished(path):
-    """The name that a file has until it is whole: hidden, beside it, of this process alone."""
-    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+# Media out
 
 
 @contextlib.contextmanager
 def whole(path):
-    """A temporary path beside `path`, which takes its name when all went well and is removed otherwise."""
-    partial = unfinished(path)
+    """Gives a temporary path beside `path`, which takes its name if all goes well.
+
+    Whoever writes it, the file gets the permissions of a new file. A link is followed.
+    """
+    unfinished = unfinished_path(path)
     try:
-        yield partial
-        os.replace(partial, path)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        yield unfinished
+        unfinished.chmod(mode)
+        os.replace(unfinished, os.path.realpath(path))
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def unfinished_path(path):
+    """The name of a file until it is complete: hidden, beside it, and of this process alone."""
+    target = Path(os.path.realpath(path))
+    name = zlib.crc32(os.fsencode(target.name))  # short, whatever the name
+    return target.with_name(f".{name:08x}-{platform.node()}-{os.getpid()}.partial")
+
+
+def sweep(folder):
+    """Removes what killed processes of this machine left unfinished."""
+    leftovers = Path(folder).glob(f".????????-{platform.node()}-*.partial")
+    for file in leftovers if os.name == "posix" else ():  # elsewhere asking ends the process
+        try:
+            os.kill(int(file.stem.rpartition("-")[2]), 0)  # asks only
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except (OSError, ValueError):
+            continue
+
+
+def without_white(frame, alpha):
+    """Frame (H, W, 3), alpha (H, W) -> (H, W, 4). White around what was edited would be a rim."""
+    share = alpha[..., None] / 255
+    color = np.where(share, (frame - 255 * (1 - share)) / np.maximum(share, 1 / 255), frame)
+    return np.dstack([color.round().clip(0, 255).astype(np.uint8), alpha])
+
+
+def image_options(suffix, source):
+    """Arguments of PIL's save, tried on one pixel -> (dict, whether EXIF has room)."""
+    if suffix == ".gif":
+        return IMAGE_OPTIONS[suffix], True
+    options = IMAGE_OPTIONS[suffix] | source.profile
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), **options)
+        return options, True
+    except Exception:  # a JPEG has room for 64 KB
+        options.pop("exif", None)
+        return options, False
 
 
 def write_image(path, frame, source=None):
-    """Writes uint8 (H, W, 3) as the extension says. `source`: the Media whose alpha, ICC profile and EXIF go along."""
-    path, kind = Path(path), Path(path).suffix.lower()
-    image, options = Image.fromarray(frame), dict(IMAGE_OPTIONS[kind])
-    if source is not None and kind != ".gif":
-        options |= source.profile
-    if source is not None and source.alpha is not None and kind in (".png", ".webp"):
-        # The model saw the picture on white. Taking the white out again leaves no bright rim on other grounds.
-        alpha = source.alpha[..., None] / 255
-        color = np.where(alpha, (frame - 255 * (1 - alpha)) / np.maximum(alpha, 1 / 255), frame)
-        image = Image.fromarray(np.dstack([color.round().clip(0, 255).astype(np.uint8), source.alpha]))
-    with whole(path) as partial:
-        image.save(partial, **options)
+    """Writes uint8 (H, W, 3) as the extension says, with alpha, profile and EXIF of a Media."""
+    path, source = Path(path), source or Media(Path(path), frame[None])
+    suffix = path.suffix.lower()
+    options, _ = image_options(suffix, source)
+    image = Image.fromarray(frame)
+    if source.alpha is not None and suffix in (".png", ".webp"):
+        image = Image.fromarray(without_white(frame, source.alpha[0]))
+    if suffix == ".gif" and "icc_profile" in source.profile:
+        image = to_srgb(image, source.profile["icc_profile"])
+    with whole(path) as unfinished:
+        image.save(unfinished, **options)
 
 
 def write_clip(path, frames, fps, source=None):
-    """Writes uint8 (T, H, W, 3) at `fps` as the extension says; `source` and errors as of `clip_writer`."""
+    """Writes uint8 (T, H, W, 3); arguments and errors as for `clip_writer`."""
     with clip_writer(path, frames.shape, fps, source) as write:
         for frame in frames:
             write(frame)
 
 
 @contextlib.contextmanager
-def clip_writer(path, shape, fps, source=None):
-    """A clip of `shape` (T, H, W, 3) at `fps` (Fraction or number), kind as the extension says: gives `write(frame)`.
+def clip_writer(path, shape, fps, source=None, note=lambda text: None):
+    """Gives write(frame) for a clip of `shape` (T, H, W, 3) at `fps`, as the extension says.
 
-    `source`: the Media whose sound and kind of colors go along. Sound is copied where the format takes it, else coded
-    anew; it is cut where the frames are only the first of the source. Raises OSError if ffmpeg fails.
+    What can fail fails before: the encoder is open, and sound and header are written. Sound and
+    subtitles are copied where the format takes them; else sound is coded anew. They are cut where
+    the frames are only the first of the source.
+
+    Args:
+        source: the Media whose times, colors, transparency, tracks and titles go along.
+        note: called with one line on what cannot go along.
+
+    Raises OSError if the file cannot be written.
     """
-    path, kind = Path(path), Path(path).suffix.lower()
-    source = source or Media(path, np.empty(shape, np.uint8))
-    with whole(path) as partial, tempfile.TemporaryFile() as log:
-        command = encoder(partial, kind, shape, Fraction(fps), source, sound_codec(source, kind))
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log)
-        try:
-            with contextlib.suppress(BrokenPipeError), process.stdin:   # broken: it gave up, and its log says why
-                yield lambda frame: process.stdin.write(np.ascontiguousarray(frame))
-            failed = process.wait()
-        finally:
-            process.kill()                                          # no effect unless the above was cut short
-            process.wait()
-        if failed:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines()
-            raise OSError(f"{path} could not be written: {(lines or [f'ffmpeg ended with {failed}'])[-1]}")
+    path, source = Path(path), source or Media(Path(path), None)
+    suffix, length = path.suffix.lower(), shape[0]
+    transparent = source.alpha is not None and suffix in TRANSPARENT_CLIP_OPTIONS
+    if source.alpha is not None and not transparent:
+        note(f"{suffix} cannot be transparent here; the result lies on white")
+    options = (TRANSPARENT_CLIP_OPTIONS if transparent else CLIP_OPTIONS)[suffix]
+    tick, stamps = schedule(suffix, length, Fraction(fps), source.times)
+    durations = dict(zip(stamps, np.diff(stamps).tolist()))
+    if len(set(stamps)) <= length:
+        note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
+    if source.aspect and suffix == ".webm":  # PyAV has no way to say it
+        note(f"{suffix} is written with square pixels; those of {source.path} are not")
+    layout = "rgba" if transparent else "rgb24"
+    try:
+        lasts = (stamps[-1] - stamps[-2]) * tick
+        with (
+            whole(path) as unfinished,
+            open_output(unfinished, suffix, options[0], source.loop, lasts) as container,
+        ):
+            track = add_pictures(container, options, shape, Fraction(fps), tick, source)
+            if source.start is not None and suffix not in ANIMATIONS:
+                end = float(stamps[-1] * tick) if source.total > length else math.inf
+                add_other_tracks(container, source, end, note)
+            container.start_encoding()
+            graph = to_encoder(track, shape, layout, tick)
+            numbers = itertools.count()
+
+            def mux(pictures):
+                for picture in pictures:
+                    for packet in track.encode(picture):
+                        packet.duration = durations.get(packet.pts, 1)
+                        container.mux(packet)
+
+            def write(frame):
+                i = next(numbers)
+                if transparent:
+                    frame = without_white(frame, source.alpha[i])
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
+                picture.pts, picture.time_base = stamps[i], tick
+                if stamps[i] not in stamps[:i]:
+                    mux(pulled(graph, picture))
+                # WebP shows the last frame as long as the average of all others. If it should be
+                # longer, it is sent again, at the time from which the average reaches the end.
+                again = round(stamps[-1] * length / (length + 1))
+                if suffix == ".webp" and i + 1 == length and again > stamps[i] + 1:
+                    picture.pts = again
+                    mux(pulled(graph, picture))
+
+            yield write
+            mux([*pulled(graph, None), None])
+    except av.FFmpegError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
 
 
-def sound_codec(source, kind):
-    """"copy" where the format takes the sound of `source` as it is, the name of a codec where not, None for silence."""
-    if not source.sound or kind in SILENT:
-        return None
-    with tempfile.NamedTemporaryFile(suffix=kind) as trial:         # formats refuse a codec when they are opened
-        command = [get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y", "-i", os.path.abspath(source.path), "-map", "0:a",
-                   "-c", "copy", "-t", "1", trial.name]
-        copied = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
-    return "copy" if copied else "libopus" if kind == ".webm" else "aac"
+def schedule(suffix, length, fps, times):
+    """When frames are shown -> (tick in seconds, [ticks of each frame and of the end]).
+
+    A GIF counts in hundredths of a second, and browsers show one of them as ten: if frames are
+    closer than two, those that fall on the same time are left out.
+    """
+    times = times[: length + 1] or [i / fps for i in range(length + 1)]
+    gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
+    if suffix == ".gif":
+        tick = Fraction(1, 50 if min(gaps) < Fraction(1, 50) else 100)
+        stamps = [round(time / tick) for time in times]
+        return tick, [*stamps[:-1], max(stamps[-1], stamps[-2] + 1)]
+    if len(gaps) == 1:
+        return 1 / fps.limit_denominator(100_000), list(range(length + 1))
+    tick, stamps = Fraction(1, 90_000), [0]
+    for later in times[1:]:
+        stamps.append(max(stamps[-1] + 1, round(later / tick)))
+    return tick, stamps
 
 
-def encoder(path, kind, shape, fps, source, sound):
-    """The command that reads raw frames from stdin and writes `path`. `sound`: codec, "copy", or None for silence."""
-    length, height, width = shape[:3]
-    fps = fps.limit_denominator(100_000)
-    inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", str(fps), "-i", "-"]
-    if sound:
-        cut = ["-t", str(float(length / fps) + source.delay)] if source.total > length else []
-        inputs += [*cut, "-itsoffset", str(-source.delay), "-i", os.path.abspath(source.path)]
-        inputs += ["-map", "0:v", "-map", "1:a", "-c:a", sound]
-    filters = {".gif": "split[a][b];[a]palettegen[p];[b][p]paletteuse", ".webp": "null", ".png": "null"}.get(kind)
-    if not filters:
-        # Half the resolution for colors takes even sides. Colors go back by the formula that they came by.
-        layout = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-        filters = f"scale=flags={EXACT},format={layout}"
-        if source.colors:
-            matrix, primaries, transfer = source.colors
-            filters = (f"scale=flags={EXACT}:out_color_matrix={MATRICES[matrix]},format={layout},"
-                       f"setparams=colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}")
-        if source.aspect:
-            filters += f",setsar={source.aspect.replace(':', '/')}"
-    # bitexact leaves out version numbers and random ids: the same frames make the same file.
-    return [get_ffmpeg_exe(), "-v", "error", "-y", *inputs, "-vf", filters, "-r", str(fps),
-            "-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
-            *CLIP_OPTIONS[kind].split(), os.path.abspath(path)]
+def open_output(path, suffix, container, loop, lasts):
+    """The container of a clip, without version numbers and random ids.
+
+    Args:
+        loop: how often an animation plays; 0: for ever.
+        lasts: seconds that the last frame is shown.
+    """
+    settings = {"max_interleave_delta": "0"}  # sound waits for pictures, which come much later
+    if suffix in (".mp4", ".mov"):
+        settings["movflags"] = "faststart"
+    elif suffix == ".png":
+        settings = {"plays": str(loop), "final_delay": str(lasts.limit_denominator(1000))}
+    elif suffix in ANIMATIONS:
+        once = -1 if suffix == ".gif" else 1
+        settings = {"loop": str(once if loop == 1 else loop)}
+    container = av.open(str(path), "w", container, container_options=settings)
+    container.flags |= av.container.Flags.bitexact.value
+    return container
+
+
+def add_pictures(container, options, shape, fps, tick, source):
+    """Adds the picture track of a clip and opens its encoder -> the track."""
+    (_, codec, layout, settings), (height, width) = options, shape[1:3]
+    track = container.add_stream(codec, fps.limit_denominator(100_000), options=dict(settings))
+    context = track.codec_context
+    context.width, context.height, context.pix_fmt = width, height, layout
+    if codec == "libx264" and (width % 2 or height % 2):
+        context.pix_fmt = "yuv444p"  # colors at half the resolution take even sides
+    context.time_base, context.thread_count = tick, THREADS
+    context.flags |= av.codec.context.Flags.bitexact
+    if layout.startswith("yuv"):
+        colors = source.colors or default_colors(width, height)
+        context.colorspace, context.color_primaries, context.color_trc = colors
+        context.color_range = ColorRange.MPEG
+    if source.aspect:
+        context.sample_aspect_ratio = source.aspect
+    context.open()
+    return track
+
+
+def to_encoder(track, shape, layout, tick):
+    """The filters that make frames what the encoder takes. A GIF gets one palette for all."""
+    context, size = track.codec_context, shape[2:0:-1]
+    if context.pix_fmt != "pal8":
+        scale = EXACT
+        if context.colorspace in MATRICES:
+            scale += f":out_color_matrix={MATRICES[context.colorspace]}:out_range=limited"
+        filters = [("scale", scale), ("format", f"pix_fmts={context.pix_fmt}")]
+        return filter_graph(size, layout, tick, filters)
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=size[0], height=size[1], format=layout, time_base=tick)
+    split, palette, paint = map(graph.add, ("split", "palettegen", "paletteuse"))
+    graph.link_nodes(source, split, paint, graph.add("buffersink"))
+    split.link_to(palette, 1, 0)
+    palette.link_to(paint, 0, 1)
+    graph.configure()
+    return graph
+
+
+def add_other_tracks(container, source, end, note):
+    """Adds sound, subtitles, titles and chapters of a clip, up to `end` seconds."""
+    name, ways, left_out = container.format.name, {}, []
+    with open_clip(source.path) as (original, pictures):
+        for title, text in original.metadata.items():
+            if title.lower() not in TECHNICAL_TITLES:
+                container.metadata[title] = text
+        label(container.streams.video[0], pictures)
+        if end == math.inf:
+            container.set_chapters(original.chapters())
+        elif original.chapters():
+            left_out.append("chapters")
+        for track in original.streams:
+            if track.index == pictures.index or track.type == "data":
+                continue
+            for way in ways_to_carry(track, "libopus" if name == "webm" else "aac"):
+                if fits(name, source, {track.index: way}, end):
+                    ways[track.index] = way
+                    break
+            else:
+                codec = track.codec_context.name if track.codec_context else "unknown codec"
+                left_out.append(f"{track.type} track {track.index} ({codec})")
+    carry(container, source, ways, end)
+    if left_out:
+        note(f"{source.path}: left out of the result: {', '.join(left_out)}")
+
+
+def ways_to_carry(track, codec):
+    """How to bring a track into another file: None copies, (codec, layout) codes sound anew."""
+    if track.type in ("audio", "subtitle"):
+        yield None
+    if track.type == "audio" and track.codec_context:
+        layout = track.codec_context.layout
+        yield codec, layout.name
+        if layout.nb_channels > 2:  # encoders know few layouts; these hold nearly all others
+            yield codec, "5.1" if layout.nb_channels <= 6 else "7.1"
+        yield codec, "stereo"
+
+
+def fits(format_name, source, ways, end):
+    """Whether a format takes tracks: they are written to memory."""
+    try:
+        with av.open(io.BytesIO(), "w", format_name) as trial:
+            carry(trial, source, ways, end)
+            trial.start_encoding()
+        return True
+    except Exception:  # muxers, decoders and encoders refuse in their own ways
+        return False
+
+
+def carry(container, source, ways, end):
+    """Adds tracks of a clip, {index: way}, with what they hold until `end` s after frame 0."""
+    if not ways:
+        return
+    with open_clip(source.path) as (original, _):
+        tracks, added, heard = [original.streams[index] for index in ways], {}, set()
+        for track in tracks:
+            if ways[track.index] is None:
+                added[track.index] = container.add_stream_from_template(track)
+            else:
+                added[track.index] = add_sound(container, track, *ways[track.index])
+            label(added[track.index], track)
+        for packet in original.demux(tracks):
+            index = packet.stream.index
+            if packet.size:
+                packet.pts = packet.dts if packet.pts is None else packet.pts
+                seconds = float(packet.pts * packet.time_base - source.start)
+                lasts = float((packet.duration or 0) * packet.time_base)
+                if seconds >= end or seconds + lasts < -LEAD_IN:
+                    continue
+            if ways[index] is not None:
+                with contextlib.suppress(av.InvalidDataError):  # a damaged packet is passed over
+                    for frame in packet.decode():
+                        frame.pts -= round(source.start / frame.time_base)
+                        container.mux(added[index].encode(frame))
+                        heard.add(index)
+            elif packet.size:
+                shift = round(source.start / packet.time_base)
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = added[index]
+                container.mux(packet)
+        for index in ways:
+            if ways[index] is not None:
+                container.mux(added[index].encode(None))
+                if index not in heard:
+                    raise ValueError("no sound can be decoded")
+
+
+def add_sound(container, track, codec, layout):
+    """Adds a sound track that is coded anew."""
+    rates, rate = av.Codec(codec, "w").audio_rates, track.codec_context.rate
+    added = container.add_stream(codec, rate if rate in rates else 48_000)
+    context = added.codec_context
+    context.layout = layout
+    context.bit_rate = 96_000 * context.layout.nb_channels
+    context.flags |= av.codec.context.Flags.bitexact
+    return added
+
+
+def label(added, track):
+    """Copies language, title and purpose (default, forced, commentary ...) of a track."""
+    for name in ("language", "title"):
+        if name in track.metadata:
+            added.metadata[name] = track.metadata[name]
+    added.disposition = track.disposition
+
+
+# The terminal
+
+
+def note(text):
+    """A remark on stderr; not an error."""
+    print(f"edit.py: {' '.join(text.split())}", file=sys.stderr)
 
 
 class Phases:
-    """Times each phase of an edit, measures its peak memory, and shows how far it is. Called as InstructX.edit does."""
+    """Shows progress; measures seconds and peak memory of phases. InstructX.edit calls it."""
 
     def __init__(self):
         self.rows, self.phase, self.device = [], None, "cpu"
-        self.steps = []                 # seconds of each step of "denoise"; the first has the compilation, if any
+        self.steps = []  # seconds of each step of "denoise"; the first has the compilation, if any
 
     def __call__(self, phase, done, total):
+        now = time.perf_counter()
         if phase != self.phase:
             self.end()
-            self.phase, self.start = phase, time.perf_counter()
-            silent = None if LEADS else True                        # None: unless it is on a terminal
-            self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=silent)
+            self.phase, self.start, self.reported = phase, now, now
+            # disable=None: shown on a terminal only
+            self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=None)
         self.bar.update(done - self.bar.n)
+        if self.bar.disable and now - self.reported > REPORT_EVERY:
+            self.reported = now
+            note(f"{phase} {done} of {total} after {now - self.start:.0f} s")
         if phase == "denoise" and done:
-            self.steps.append(time.perf_counter() - self.start - sum(self.steps))
+            self.steps.append(now - self.start - sum(self.steps))
 
     def end(self):
         """Closes the current phase, if there is one."""
         if self.phase:
-            peak = self.peak_memory()                               # first, since on a GPU it waits for pending work
+            peak = self.peak_memory()  # first, since on a GPU it waits for pending work
             self.bar.close()
             self.rows.append((self.phase, time.perf_counter() - self.start, peak))
         self.phase = None
 
     def peak_memory(self):
-        """Bytes at the most since the last call: GPU memory on CUDA, else the memory of this process."""
+        """Bytes: the peak on a CUDA device since the last call, else of the process so far."""
         if self.device.startswith("cuda"):
             import torch
+
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             return peak
-        try:                                                        # Linux lets a process reset its high-water mark
-            peak = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-            Path("/proc/self/clear_refs").write_text("5")
-            return peak
-        except OSError:                                             # elsewhere it is the highest so far
+        try:
             import resource
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        except ImportError:  # Windows
+            return 0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def table(self):
         _, seconds, peaks = zip(*self.rows)
-        rows = [*self.rows, ("total", sum(seconds), max(peaks))]
-        first, later = sum(self.steps[:1]), statistics.median(self.steps[1:] or [0])
-        remarks = {"denoise": f"   first step {first:.2f} s, then {later:.2f} s each"} if later else {}
-        lines = [f"{phase:10} {seconds:9.1f} {peak / 1e9:9.2f}{remarks.get(phase, '')}" for phase, seconds, peak in rows]
-        return "\n".join([f"{'phase':10} {'seconds':>9} {'peak GB':>9}", *lines])
+        lines = [f"{'phase':10} {'seconds':>9} {'peak GB':>9}"]
+        for phase, duration, peak in [*self.rows, ("total", sum(seconds), max(peaks))]:
+            lines.append(f"{phase:10} {duration:9.1f} {peak / 1e9:9.2f}")
+            if phase == "denoise" and len(self.steps) > 1:
+                later = statistics.median(self.steps[1:])
+                lines[-1] += f"   first step {self.steps[0]:.2f} s, then {later:.2f} s each"
+        return "\n".join(lines)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but for what it says of a mistake."""
+    """argparse, but for how it reports a mistake."""
 
     def error(self, message):
-        """One line and no more: the usage that argparse prints before it hides what is wrong."""
+        """One line and no more: argparse's own usage page hides what is wrong."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def number(kind, least, most):
-    """A type for argparse: a number within bounds, which NaN never is."""
+def number(convert, least, most):
+    """A type for argparse: an int or a float within bounds, which NaN never is."""
+
     def parse(text):
         try:
-            value = kind(text)
+            value = convert(text)
         except ValueError:
             value = math.nan
         if not least <= value <= most:
-            name = "a whole number" if kind is int else "a number"
+            name = "a whole number" if convert is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {least} to {most}")
         return value
+
     return parse
 
 
 def width_by_height(text):
     """A type for argparse: "832x480" -> (832, 480)."""
-    if not (found := re.fullmatch(r"(\d+)x(\d+)", text)):
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 832x480")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 EPILOG = f"""\
-Formats: {' '.join(IMAGE_OPTIONS)} for an image; {' '.join(CLIP_OPTIONS)} for a clip (.png is APNG, lossless).
-Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA / 1e6:.1f} million in all. The model sees a transparent image
-on white; .png and .webp keep its transparency. A clip whose frame rate varies is written at the average, so it lasts
-as long. A clip with an odd side keeps it, as H.264 4:4:4, which not every player shows."""
+Formats: {" ".join(IMAGE_OPTIONS)} for an image; {" ".join(CLIP_OPTIONS)}
+for a clip (.png is APNG, lossless). Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all.
+The model sees transparent pictures on white;
+{" ".join(TRANSPARENT_CLIP_OPTIONS)} keep their transparency. A clip with an odd side keeps
+it, in .mp4, .mov and .mkv as H.264 4:4:4, which not every player shows."""
 
 
 def parser():
-    """The command line. Every default is told in --help."""
-    made = Parser(prog="edit.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
-                  description=__doc__.split("\n\nPIL reads")[0])
-    add, configured = made.add_argument, "(default: as the weights' config.json says; {} as released)".format
-    add("input", metavar="INPUT", type=Path, help="an image or a video")
-    add("instruction", metavar="INSTRUCTION", help='what to do, for example "make it night"')
-    add("-o", "--output", type=Path, required=True, help="the file to write; its extension says the format")
-    add("--ref", type=Path, action="append", default=[], metavar="IMAGE", help="reference image; may be repeated")
-    add("--weights", type=Path, default=Path(__file__).resolve().parent / "weights" / "shapes", metavar="DIR",
-        help="weights folder (default: weights/shapes beside edit.py)")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help=f"of the sampler {configured(50)}")
-    add("--guidance", type=number(float, 1, 100), metavar="G",
-        help=f"how strongly the instruction is followed; 1 takes half the time {configured(5)}")
-    add("--shift", type=number(float, 0.1, 100), metavar="S",
-        help=f"of the noise levels; more puts more steps where there is much noise {configured(5)}")
-    add("--solver", choices=("unipc", "euler"), default="unipc", help="of the sampler (default: unipc)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
-        help="of the noise; on a CPU the same seed makes the same file (default: 0)")
-    add("--size", type=width_by_height, metavar="WxH", help="scale the input to this size first (default: its own)")
-    add("--frames", type=number(int, 1, 10**6), default=81, metavar="N",
-        help="of a clip that is longer, edit the first N frames (default: 81)")
-    add("--compare", action="store_true",
-        help="also write source and result side by side, to OUTPUT's name with _compare added")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of all models but the VAE (default: bfloat16 on CUDA, else float32)")
-    add("--compile", action="store_true", help="compile the DiT's blocks: the first step takes longer, all others less")
-    add("--offload", action="store_true", help="leave MLLM and DiT in their files and read each block when it is its turn: "
-        "the same result in a small part of the memory")
-    add("--tile", type=number(int, 64, LARGEST), metavar="PIXELS", help="let the VAE work on overlapping squares of this "
-        "side: less memory for large pictures, and a result that differs a little")
-    add("--quantize", choices=("int8", "float8_e4m3fn"), help="round the DiT's large matrices: half the memory of bfloat16, "
-        "and a result that differs a little")
+    """The command line. --help shows every default."""
+    made = Parser(
+        prog="edit.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.split("\n\nPIL reads")[0],
+        epilog=EPILOG,
+    )
+
+    def add(names, metavar, convert, help, **settings):
+        made.add_argument(*names.split(), metavar=metavar, type=convert, help=help, **settings)
+
+    def switch(name, help):
+        made.add_argument(name, action="store_true", help=help)
+
+    configured = "(default: as the weights' config.json says; {} as released)".format
+    add("input", "INPUT", Path, "an image or a video")
+    add("instruction", "INSTRUCTION", str, 'what to do, such as "make it night"')
+    add("-o --output", "FILE", Path, "the file to write (default: INPUT's name and -edited)")
+    add("--ref", "IMAGE", Path, "reference image; may be repeated", action="append", default=[])
+    add(
+        "--weights",
+        "DIR",
+        Path,
+        "weights folder (default: weights/shapes)",
+        default=DEFAULT_WEIGHTS,
+    )
+    add("--instructx", "DIR", Path, "what train.py wrote, for the instructx/ in the weights folder")
+    add("--steps", "N", number(int, 1, 1000), f"of the sampler {configured(50)}")
+    follow = "how strongly the instruction is followed; 1 takes half the time"
+    add("--guidance", "G", number(float, 1, 100), f"{follow} {configured(5)}")
+    add("--seed", "N", number(int, 0, 2**63 - 1), "of the noise (default: 0)", default=0)
+    add("--size", "WxH", width_by_height, "scale the input to this size first (default: its own)")
+    smaller = "edit larger inputs at this area, and scale the result back"
+    area = number(int, SMALLEST**2, LARGEST_AREA)
+    add("--area", "PIXELS", area, f"{smaller} {configured('none')}")
+    first = "of a longer clip edit the first N frames (default: 81)"
+    add("--frames", "N", number(int, 1, 10**6), first, default=81)
+    switch("--compare", "also write source and result side by side, to FILE's name and _compare")
+    add("--device", "NAME", str, "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    precision = "float32 or bfloat16, for all but the VAE (default: bfloat16 on CUDA, else float32)"
+    add("--dtype", "TYPE", str, precision, choices=("float32", "bfloat16"))
+    switch("--compile", "compile the DiT's blocks: a slower first step, faster others")
+    switch("--offload", "read each block when it is needed: the same result in far less memory")
+    less = "round the DiT's large matrices: half the memory, and a result that differs a little"
+    add("--quantize", "TYPE", str, f"int8: {less}", choices=("int8",))
+    squares = (
+        "let the VAE work on squares of this side: less memory, a result that differs a little"
+    )
+    add("--tile", "PIXELS", number(int, 64, LARGEST), squares)
     return made
 
 
-def note(text):
-    """One line on stderr, of what a user should know and nothing is wrong with."""
-    if LEADS:
-        print(f"edit.py: {text}", file=sys.stderr)
-
-
-def check_size(path, width, height):
-    """Raises MediaError for a size that cannot be edited."""
-    short, long = sorted((width, height))
-    if short < SMALLEST or long >= MOST_NARROW * short:
-        raise MediaError(f"{path} at {width}x{height} is too small or too narrow: sides must have {SMALLEST} pixels or "
-                         f"more, the longer less than {MOST_NARROW} times the shorter; --size WxH scales the input")
-    if long > LARGEST or width * height > LARGEST_AREA:
-        scale = min(LARGEST / long, (LARGEST_AREA / (width * height)) ** 0.5)
-        raise MediaError(f"{path} at {width}x{height} is too large: at most {LARGEST} pixels a side and {LARGEST_AREA} "
-                         f"in all; --size {int(width * scale)}x{int(height * scale)} scales the input")
+def parse(argv):
+    """The arguments. Ends the program with one line on what is wrong with them."""
+    made = parser()
+    args, words = made.parse_known_args(argv)
+    options = [word for word in words if word.startswith("-")]
+    if options:
+        made.error(f"there is no option {options[0]}; --help lists all")
+    if words and is_file(args.instruction):
+        made.error("one input at a time: INPUT, then INSTRUCTION; --ref IMAGE for references")
+    if words:
+        made.error(f'put the instruction in quotes: "{" ".join([args.instruction, *words])}"')
+    return args
 
 
 def check_arguments(args):
-    """Raises ValueError for what no reading is needed to see: better now than after the work."""
-    output, folder, known = args.output, args.output.parent, {**IMAGE_OPTIONS, **CLIP_OPTIONS}
-    outputs = [output, compared(output)] if args.compare else [output]
-    taken = next((path for path in outputs if path.is_dir()), None)
-    lost = next((path for path in outputs for given in (args.input, *args.ref)
-                 if path.exists() and given.exists() and path.samefile(given)), None)
-    for wrong, problem in (
-            (not args.instruction.strip(), "the instruction is empty; say what to do"),
-            (args.input.is_dir(), f"{args.input} is a folder; name an image or a video"),
-            (not args.weights.is_dir(), f"--weights {args.weights}: there is no such folder"),
-            (output.suffix.lower() not in known, f"{output} has no known extension; known are {' '.join(known)}"),
-            (not folder.is_dir(), f"there is no folder {folder} to write {output.name} to"),
-            (taken, f"{taken} is a folder; name a file"),
-            (lost, f"{lost} is an input, which would be lost; name another file")):
-        if wrong:
-            raise ValueError(problem)
+    """Checks all that can be checked before a file is read. Raises ValueError."""
+    if not args.instruction.strip():
+        raise ValueError("the instruction is empty; say what to do")
+    if re.match(r"\w{2,}:/", str(args.input)):
+        raise ValueError(f"{args.input} is a URL; download the file first")
+    if args.input.is_dir():
+        raise ValueError(f"{args.input} is a folder; name an image or a video")
+    if is_file(args.instruction):
+        swapped = "" if args.input.exists() else ": it comes after the INPUT"
+        raise ValueError(f"the instruction {args.instruction} is the name of a file{swapped}")
+    if not args.weights.is_dir():
+        raise ValueError(f"--weights {args.weights}: there is no such folder")
+    for folder in (args.weights, args.weights / "instructx"):
+        alone = folder == args.weights or len(list(args.weights.glob("*/config.json"))) == 1
+        if alone and settings_of(folder).get("_class_name") == "InstructX":
+            use = f"--instructx {folder}, and --weights for the folder of the MLLM and the VAE"
+            raise ValueError(f"{folder} is what train.py wrote: use {use}")
+    if args.output:
+        check_outputs(args, output_paths(args, args.output))
+
+
+def is_file(text):
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name
+        return False
+
+
+def settings_of(folder):
+    """The config.json of a folder; {} if it is missing or damaged, as loading will report."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        settings = None
+    return settings if isinstance(settings, dict) else {}
+
+
+def output_paths(args, output):
+    return [output, output.with_stem(f"{output.stem}_compare")] if args.compare else [output]
+
+
+def check_outputs(args, outputs):
+    """Raises ValueError if a file could not be written, or another would be lost."""
+    inputs = [path for path in (args.input, *args.ref) if path.exists()]
+    known = IMAGE_OPTIONS | CLIP_OPTIONS
     for path in outputs:
+        if path.suffix.lower() not in known:
+            raise ValueError(f"{path} has no known extension; known are {' '.join(known)}")
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
         try:
-            unfinished(path).touch()
-            unfinished(path).unlink()
+            exists = path.exists()
+            unfinished_path(path).touch()
+            unfinished_path(path).unlink()
         except OSError as error:
             raise ValueError(f"{path} cannot be written ({error.strerror})") from None
-
-
-def compared(output):
-    """Where --compare writes."""
-    return output.with_stem(f"{output.stem}_compare")
+        if exists and not path.is_file():
+            raise ValueError(f"{path} is a folder or a device; name a file")
+        if exists and not args.output:
+            raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
+        if exists and any(path.samefile(other) for other in inputs):
+            raise ValueError(f"{path} is an input, which would be lost; name another file")
+        sweep(path.parent)
 
 
 def read_inputs(args):
-    """Media of the source, and [uint8 (H, W, 3)] of the references. Says what is unusual about them."""
-    source, kind = read_frames(args.input, args.frames, args.size, check_size), args.output.suffix.lower()
-    what, kinds = ("a clip", CLIP_OPTIONS) if source.is_video else ("an image", IMAGE_OPTIONS)
-    if kind not in kinds:
-        raise ValueError(f"{args.input} is {what}, which {kind} cannot hold; {' '.join(kinds)} can")
-    if args.compare and kind == ".webp" and (width := 2 * source.frames.shape[2]) > WEBP_SIDE:
-        raise ValueError(f"--compare would be {width} pixels wide, and .webp holds {WEBP_SIDE}; .png holds more")
-    references = [read_frames(path, 1, None, check_size) for path in args.ref]
+    """Media of the source, [uint8 (H, W, 3)] of the references. Notes what is unusual."""
+
+    def check_source(path, width, height):
+        remedy = "--size WxH or --area PIXELS scales it"
+        check_size(path, *working_size(width, height, args.area), remedy)
+
+    def check_reference(path, width, height):
+        check_size(path, width, height, "scale it first")
+
+    source = read_frames(args.input, args.frames, args.size, check_source)
+    references = [read_frames(path, 1, None, check_reference) for path in args.ref]
     for path, reference in zip(args.ref, references):
         if reference.is_video:
             raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
-    if len(source.frames) < min(source.total, args.frames):
-        note(f"{args.input} has {source.total} frames, of which {len(source.frames)} can be decoded")
-    elif source.total > len(source.frames):
-        note(f"{args.input} has {source.total} frames; the first {len(source.frames)} are edited (see --frames)")
-    if not source.steady:
-        note(f"{args.input} has a varying frame rate; written at its average of {float(source.fps):.2f} per second")
-    if source.sound and kind in SILENT:
-        note(f"{kind} holds no sound; that of {args.input} is left out")
+    for remark in source.remarks:
+        note(f"{args.input} {remark}")
+    count, total = len(source.frames), source.total
+    if count < min(total, args.frames):
+        note(f"{args.input} has {total} frames, of which {count} can be decoded")
+    elif count < total:
+        note(f"{args.input} has {total} frames; the first {count} are edited (see --frames)")
     return source, [reference.frames[0] for reference in references]
 
 
-def load(args):
-    """(model, device). Raises ValueError for a device that is not there, and what InstructX.from_pretrained raises."""
-    import torch                        # here and not at the top: seconds, which a mistyped option should not cost
+def check_size(path, width, height, remedy):
+    """Raises MediaError for a size that cannot be edited."""
+    short, long = sorted((width, height))
+    if short < SMALLEST or long >= MOST_NARROW * short:
+        least = f"sides must have {SMALLEST} pixels or more"
+        ratio = f"the longer less than {MOST_NARROW} times the shorter"
+        problem = f"is too small or too narrow: {least}, {ratio}"
+        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
+    if long > LARGEST or width * height > LARGEST_AREA:
+        scale = min(LARGEST / long, (LARGEST_AREA / (width * height)) ** 0.5)
+        most = f"at most {LARGEST} pixels a side and {LARGEST_AREA} in all"
+        example = f"{int(width * scale)}x{int(height * scale)}"
+        problem = f"is too large: {most}, for example {example}"
+        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
 
-    from connector import InstructX
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+def working_size(width, height, area):
+    """The size at which a picture is edited: its own, or the same proportions at `area` pixels."""
+    if not area or width * height <= area:
+        return width, height
+    scale = math.sqrt(area / (width * height))
+    return max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale))
+
+
+def load(args):
+    """(model, device). Raises ValueError for a device that is not there, or by from_pretrained."""
+    import torch  # here and not at the top: seconds, which a mistyped option should not cost
+
+    from connector import InstructX, compile_blocks, tile
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:    # torch has no one error for this
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one error
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} is not available ({reason}); cpu always is") from None
+        problem = f"is not available ({reason}); cpu always is"
+        raise ValueError(f"--device {device} {problem}") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    group = None
-    if "RANK" in os.environ:            # torchrun started this process among others
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        group = torch.distributed.group.WORLD
-    quantize = args.quantize and getattr(torch, args.quantize)
-    model = InstructX.from_pretrained(args.weights, device, getattr(torch, dtype), None, args.offload, quantize, group)
-    model.vae.tile = args.tile
-    if not model.trained:
-        note(f"warning: {args.weights} holds no instructx/, so queries and connector are random: the result will not "
-             "follow the instruction")
+    quantize = torch.int8 if args.quantize else None
+    dtype = getattr(torch, dtype)
+    model = InstructX.from_pretrained(
+        args.weights, device, dtype, args.instructx, args.offload, quantize
+    )
+    if args.tile:
+        tile(model.vae, args.tile)
     if args.compile:
-        model.dit.compile_blocks()
+        compile_blocks(model.dit)
+    if not model.trained:
+        note(f"warning: {args.weights} has no instructx/: queries and connector are random")
     return model, device
+
+
+def open_writers(args, source, outputs, opened):
+    """Opens every output -> [write(frame)]. What a format cannot hold is said now."""
+    suffix, width = outputs[0].suffix.lower(), source.frames.shape[2]
+    options, content = (CLIP_OPTIONS, "a clip") if source.is_video else (IMAGE_OPTIONS, "an image")
+    if suffix not in options:
+        can = f"{' '.join(options)} can"
+        raise ValueError(f"{args.input} is {content}, which {suffix} cannot hold; {can}")
+    if args.compare and suffix == ".webp" and 2 * width > WEBP_SIDE:
+        most = f".webp holds {WEBP_SIDE}; .png holds more"
+        raise ValueError(f"--compare would be {2 * width} pixels wide, and {most}")
+    beside = replace(source, alpha=None, profile={})  # of two pictures side by side
+    if not source.is_video:
+        _, exif_fits = image_options(suffix, source)
+        if not exif_fits:
+            note(f"{suffix} has no room for the EXIF of {args.input}, which is left out")
+        writers = [partial(write_image, outputs[0], source=source)]
+        return writers + [partial(write_image, path, source=beside) for path in outputs[1:]]
+    if source.sound and suffix in ANIMATIONS:
+        note(f"{suffix} holds no sound; that of {args.input} is left out")
+    length, height = source.frames.shape[:2]
+    shape = source.frames.shape
+    writers = [opened.enter_context(clip_writer(outputs[0], shape, source.fps, source, note))]
+    for path in outputs[1:]:
+        shape = length, height, 2 * width, 3
+        writers.append(opened.enter_context(clip_writer(path, shape, source.fps, beside)))
+    return writers
 
 
 def edit(args):
     """Reads, edits and writes -> the files written."""
     check_arguments(args)
+    if args.area is None:
+        trained = settings_of(args.instructx or args.weights / "instructx").get("area")
+        args.area = trained if isinstance(trained, int) else 0
     source, references = read_inputs(args)
-    phases = Phases()
-    phases("load", 0, 1)
-    model, phases.device = load(args)
-    outputs = [args.output, compared(args.output)][:1 + args.compare] if LEADS else []
-    length, height, width, _ = source.frames.shape
+    outputs = output_paths(args, args.output or default_output(args.input, source))
+    if not args.output:
+        check_outputs(args, outputs)
+    height, width = source.frames.shape[1:3]
+    size, frames = working_size(width, height, args.area), source.frames
+    if size != (width, height):
+        frames = np.stack([fit(frame, size) for frame in frames])
+        scaled = (
+            f"is edited at {size[0]}x{size[1]} and scaled back to {width}x{height} (see --area)"
+        )
+        note(f"{args.input} {scaled}")
+        if args.weights == DEFAULT_WEIGHTS:
+            note("weights/shapes knows drawings of simple shapes only; --weights names others")
     with contextlib.ExitStack() as opened:
-        if source.is_video:
-            writers = [opened.enter_context(clip_writer(path, (length, height, width * times), source.fps, source))
-                       for times, path in enumerate(outputs, 1)]
-        else:                           # alpha, profile and EXIF go along with the result, not with the comparison
-            writers = [partial(write_image, path, source=media) for path, media in zip(outputs, (source, None))]
-        before = iter(source.frames)
+        writers = open_writers(args, source, outputs, opened)
+        phases = Phases()
+        phases("load", 0, 1)
+        model, phases.device = load(args)
+        originals = iter(source.frames)
 
         def write(piece):
             for frame in piece:
-                for put, pictures in zip(writers, ([frame], [next(before), frame])):
-                    put(np.concatenate(pictures, axis=1))
+                frame = fit(frame, (width, height))
+                pictures = [frame, np.concatenate([next(originals), frame], axis=1)]
+                for writer, picture in zip(writers, pictures):
+                    writer(picture)
 
-        model.edit(source.frames, args.instruction, references, args.steps, args.guidance, args.shift, args.seed,
-                   float(source.fps or 16), args.solver, phases, write)
+        settings = args.steps, args.guidance, args.seed, float(source.fps or 16)
+        model.edit(frames, args.instruction, references, *settings, phases, write)
     phases.end()
-    if LEADS:
-        print(phases.table(), file=sys.stderr)
-    if "RANK" in os.environ:
-        import torch.distributed
-        torch.distributed.barrier()     # one that left while another still talks to it would be taken down with an error
-        torch.distributed.destroy_process_group()
+    print(phases.table(), file=sys.stderr)
     return outputs
 
 
+def default_output(path, source):
+    """photo.jpg -> photo-edited.jpg, in the same format where it can be written."""
+    options, usual = (CLIP_OPTIONS, ".mp4") if source.is_video else (IMAGE_OPTIONS, ".png")
+    suffix = path.suffix if path.suffix.lower() in options else usual
+    return path.with_name(f"{path.stem}-edited{suffix}")
+
+
+def stop(number, _):
+    """Ends the program on a signal; what is unfinished is removed on the way out."""
+    note("terminated")
+    sys.exit(128 + number)
+
+
 def main(argv=None):
-    """Edits what the command line names, and prints the files written. Ends with code 2 after one line of what is wrong,
-    130 after Ctrl-C."""
-    command_line = parser()
-    args = command_line.parse_args(argv)
+    """Edits what the command line names, and prints the files written.
+
+    Exit code 2 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))
+    if hasattr(sys.stdout, "reconfigure"):  # names come out as they are, in any locale
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    signal.signal(signal.SIGTERM, stop)
+    args, made = parse(argv), parser()
     try:
         for path in edit(args):
             print(path)
-    except (ValueError, OSError) as error:
-        command_line.error(str(error))
+    except (ValueError, OSError, FloatingPointError) as error:
+        made.error(str(error))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no one error for this either
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no one error
             raise
-        command_line.error("out of memory; a smaller --size or fewer --frames need less")
+        made.error("out of memory; a smaller --area or fewer --frames need less")
     except KeyboardInterrupt:
-        command_line.exit(130, "edit.py: interrupted\n")
+        made.exit(130, "edit.py: interrupted\n")
 
 
 if __name__ == "__main__":

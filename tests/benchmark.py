@@ -37,6 +37,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from conftest import randomize, tiny_tokenizer
+
 from connector import InstructX, compile_blocks
 from dit import PRESETS as DITS
 from dit import WanDiT, step_flops
@@ -58,7 +59,7 @@ VISION = VisionConfig(depth=4, fullatt_block_indexes=(3,))
 MLLM = Qwen2_5_VLConfig(num_hidden_layers=2, vision_config=VISION, **IDS)
 MID = {
     "dit": {  # an image of 1024x1024: 4,096 tokens
-        "dit": replace(DIT, num_layers=1), "latent": (1, 128, 128), "queries": 256, "steps": 2},
+        "dit": replace(DIT, num_layers=1), "latent": (1, 128, 128), "queries": 256, "steps": 1},
     "dit-256": {"dit": DIT, "latent": (1, 32, 32), "queries": 256, "steps": 10},
     "vae-image": {"vae": VAE, "frames": 1, "side": 256},
     "vae-clip": {"vae": VAE, "frames": 9, "side": 128},

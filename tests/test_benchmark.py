@@ -38,7 +38,7 @@ def test_different_outputs_are_not_compared(theirs):
 
 @pytest.mark.slow
 def test_every_row_at_tiny_size(tmp_path, capsys):
-    """A row that no longer runs, or whose sides differ, would be noticed on the day it is needed."""
+    """A row that no longer runs, or whose sides differ, would be noticed when it is needed."""
     benchmark.main(["--tiny", "--rounds", "1", "--json", str(tmp_path / "result.json")])
     lines = capsys.readouterr().out.splitlines()
     written = json.loads((tmp_path / "result.json").read_text())
@@ -62,7 +62,8 @@ def test_row_for_a_gpu_at_tiny_size(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["speed"], "no row speed"), (["blocks"], "for a GPU"), (["dit", "--rounds", "0"], "1 or more")])
+    (["speed"], "no row speed"), (["blocks"], "for a GPU"),
+    (["dit", "--rounds", "0"], "1 or more")])
 def test_bad_arguments(arguments, message, capsys):
     """A mistyped row must not be measured as nothing, or end in a traceback."""
     with pytest.raises(SystemExit) as ended:

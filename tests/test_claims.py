@@ -1,4 +1,4 @@
-"""claims.py at a tiny size on the weights that ship: its arms, its late clips, and a whole run of every claim."""
+"""claims.py at a tiny size on the weights that ship: arms, late clips, all claims run."""
 
 import json
 import statistics
@@ -14,14 +14,30 @@ FOLDER = Path(__file__).resolve().parents[1] / "weights" / "shapes"
 sys.path.insert(0, str(FOLDER))
 
 import claims
-import train
 import world
 from claims import ARMS, CLAIMS, MEDIA
 
-TINY = ("--weights {} --seeds 1 --steps 2 2 --batch 2 2 2 --video-share 0.5 --data 4 2 2 --test 1 1 1 --queries 3 "
-        "--sampling-steps 1 --device cpu").format(FOLDER).split()
-COSTS = dict.fromkeys(("step of stage 1", "image step of stage 2", "clip step of stage 2", "validation in stage 1",
-                       "validation in stage 2", "all edits"), 360.0)
+import train
+
+TINY = (
+    (
+        "--weights {} --seeds 1 --steps 2 2 --batch 2 2 2 --video-share 0.5 --data 4 2 2 "
+        "--test 1 1 1 --queries 3 --sampling-steps 1 --device cpu"
+    )
+    .format(FOLDER)
+    .split()
+)
+COSTS = dict.fromkeys(
+    (
+        "step of stage 1",
+        "image step of stage 2",
+        "clip step of stage 2",
+        "validation in stage 1",
+        "validation in stage 2",
+        "all edits",
+    ),
+    360.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,60 +49,77 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture
-def trainer(out, tmp_path):
-    """trainer(arm, stage, seed) as for a run of that arm; stage 2 from a fresh start."""
+def make(out, tmp_path):
+    """make(arm, stage, seed): (train.py's settings, the model that it trains); stage 2 afresh."""
     options = claims.parse(["a", *TINY, "--out", str(out)])
 
-    def make(arm, stage, seed=0):
-        return claims.ArmTrainer(arm, train.settings(claims.command_line(options, arm, stage, seed, tmp_path)))
-    return make
+    def build(arm, stage, seed=0):
+        line = claims.command_line(options, arm, stage, seed, tmp_path)
+        args = train.settings(line)
+        train.complete(args)
+        return args, claims.build(arm, args)
+
+    return build
 
 
 @pytest.mark.parametrize("name", ["transformer", "qformer"])
-def test_other_connectors(trainer, name):
-    """Shapes; what pads one prompt to the length of another must not reach its context; and they are large."""
-    made, baseline = trainer(ARMS[name], 1).model, trainer(ARMS["baseline"], 1).model
+def test_other_connectors(make, name):
+    """Padding that reaches the context of a prompt, or a connector that is no larger."""
+    (_, made), (_, baseline) = make(ARMS[name], 1), make(ARMS["baseline"], 1)
     frames = world.sample(3, video=True).source
     for shown in (frames[:1], frames):
-        prompts = [made.prompt(shown, words) for words in ("make it night", "replace the blue star with a red circle")]
+        prompts = [
+            made.prompt(shown, words)
+            for words in ("make it night", "replace the blue star with a red circle")
+        ]
         with torch.no_grad():
             both = made.context(made.processor.collate(prompts), len(shown) > 1)
             alone = [made.context(prompt, len(shown) > 1) for prompt in prompts]
         assert both.shape == (2, 3, made.dit.config.text_dim)
-        assert torch.allclose(both, torch.cat(alone), atol=1e-4) and not torch.allclose(*alone, atol=1e-2)
+        assert torch.allclose(both, torch.cat(alone), atol=1e-4) and not torch.allclose(
+            *alone, atol=1e-2
+        )
     count = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count(made) > 3 * count(baseline)
 
 
-def moved(made, video):
-    """Names of all tensors that one step changes in any bit."""
-    tensors = [*made.model.named_parameters(), *made.model.named_buffers()]
-    state = lambda: {name: p.detach().clone() for name, p in tensors}
-    before = state()
-    step = next(step for step in range(9) if made.pairs.is_video(step)[0] == video)
-    assert made.update(*made.load(step))["used"]
-    after = state()
-    return {name for name in before if not torch.equal(before[name], after[name])}
+@pytest.mark.parametrize(
+    "name, stage",
+    [
+        ("transformer", 1),
+        ("qformer", 1),
+        ("baseline", 1),
+        ("qformer", 2),
+        ("oneset", 2),
+        ("zero", 2),
+        ("none", 2),
+    ],
+)
+def test_what_an_arm_trains(out, tmp_path, name, stage):
+    """A frozen MLLM that moves, or queries that stand still: then the claim is another."""
+    options, before, models = claims.parse(["a", *TINY, "--out", str(out)]), {}, []
 
+    def build(args):
+        model = claims.build(ARMS[name], args)
+        before.update({key: value.clone() for key, value in model.state_dict().items()})
+        models.append(model)
+        return model
 
-@pytest.mark.parametrize("name, stage", [
-    ("transformer", 1), ("qformer", 1), ("baseline", 1), ("qformer", 2), ("oneset", 2), ("zero", 2), ("none", 2)])
-def test_what_an_arm_trains(trainer, name, stage):
-    """A frozen MLLM that moves, or queries that stand still, and the claim is about something else."""
-    made = trainer(ARMS[name], stage)
-    names, source = {name for name, _ in made.model.named_parameters()}, made.model.dit.source_embedding
+    line = claims.command_line(options, ARMS[name], stage, 0, tmp_path / "out")
+    assert train.main(line, build, lambda *_: {}) == 0  # two steps: in stage 2 images, then clips
+    after = models[0].state_dict()
+    assert before.keys() == after.keys()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    queries = ("image", "video") if stage == 2 and name != "oneset" else ("image",)
+    expected = {f"connector.{media}_queries" for media in queries}
+    expected |= {key for key in before if key.startswith("connector.mlp") or ".lora_" in key}
+    expected |= {key for key in before if stage == 2 and key.startswith("dit.")}
+    expected -= {"dit.source_embedding.weight"} if name == "none" else set()
+    assert moved == expected, moved ^ expected
+    assert any(".lora_" in key for key in before) == (name not in ("transformer", "qformer"))
     if stage == 2:
-        start = source.weight.detach().clone()
-        assert torch.equal(start, torch.zeros_like(start)) == (name in ("zero", "none"))
-    for video in (False, True)[:stage]:
-        changed = moved(made, video)
-        queries = "image" if not video or name == "oneset" else "video"
-        expected = {f"connector.{queries}_queries", *(part for part in names if part.startswith("connector.mlp"))}
-        expected |= {part for part in names if ".lora_" in part}
-        expected |= {part for part in names if stage == 2 and part.startswith("dit.")}
-        expected -= {"dit.source_embedding.weight"} if name == "none" else set()
-        assert changed == expected, changed ^ expected
-    assert bool([part for part in names if ".lora_" in part]) == (name not in ("transformer", "qformer"))
+        source = before["dit.source_embedding.weight"]
+        assert source.any() == (name not in ("zero", "none"))
 
 
 @pytest.mark.parametrize("name", ["baseline", "transformer", "qformer"])
@@ -95,64 +128,92 @@ def test_half_precision(out, tmp_path, name):
     losses = []
     for precision in ("float32", "bfloat16"):
         options = claims.parse(["a", *TINY, "--out", str(out), "--precision", precision])
-        line = claims.command_line(options, ARMS[name], 2, 0, tmp_path / precision)
-        made = claims.ArmTrainer(ARMS[name], train.settings(line))
-        made.args.out.mkdir()
-        made.validate()
-        figures = made.update(*made.load(0))
-        assert figures["used"] and made.model.mllm.visual.patch_embed.proj.weight.dtype == getattr(torch, precision)
-        losses.append([figures["loss"], claims.curve_of(made.args.out, "image")[0][1]])
+        folder = tmp_path / precision
+        line = claims.command_line(options, ARMS[name], 2, 0, folder)
+        assert train.main(line, lambda args: claims.build(ARMS[name], args), claims.validate) == 0
+        rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([*rows[0]["held_out"].values(), rows[1]["loss"]])
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
 
 
-def test_seeds(trainer):
+def test_seeds(make):
     """What is drawn is the same in every arm, and different in every seed."""
-    made = {(name, seed): trainer(ARMS[name], 1, seed) for name in ("baseline", "qformer") for seed in (0, 1)}
-    queries = {key: one.model.connector.image_queries for key, one in made.items()}
+    made = {
+        (name, seed): make(ARMS[name], 1, seed)
+        for name in ("baseline", "qformer")
+        for seed in (0, 1)
+    }
+    queries = {key: model.connector.image_queries for key, (_, model) in made.items()}
     assert torch.equal(queries["baseline", 0], queries["qformer", 0])
-    random = [name for name in made["baseline", 0].parameters if name.startswith("connector.") or "lora_A" in name]
-    for name in random:
-        assert not torch.equal(made["baseline", 0].parameters[name], made["baseline", 1].parameters[name]), name
-    seen = {key: [(sample.where, sample.seed) for sample in one.load(0)[1][0]] for key, one in made.items()}
-    assert seen["baseline", 0] == seen["qformer", 0] != seen["baseline", 1]
+    one, other = (dict(made["baseline", seed][1].named_parameters()) for seed in (0, 1))
+    random = [
+        name
+        for name in one
+        if name.startswith("connector.mlp.")
+        and name.endswith("weight")
+        or "queries" in name
+        or "lora_A" in name
+    ]
+    assert random and not any(torch.equal(one[name], other[name]) for name in random)
+    orders = {
+        key: train.Pairs(args, args.data, 16, 2).order(False, 0) for key, (args, _) in made.items()
+    }
+    assert orders["baseline", 0] == orders["qformer", 0] != orders["baseline", 1]
 
 
-def test_the_first_frame_is_all_that_its_arm_sees(trainer):
+def test_the_first_frame_is_all_that_its_arm_sees(make):
     clip = world.sample(3, video=True).source
     other = np.concatenate([clip[:1], clip[:0:-1]])
-    shown = {name: [trainer(ARMS[name], 1).model.prompt(frames, "x") for frames in (clip, other)]
-             for name in ("baseline", "first")}
+    shown = {
+        name: [make(ARMS[name], 1)[1].prompt(frames, "x") for frames in (clip, other)]
+        for name in ("baseline", "first")
+    }
     assert "pixel_values_videos" in shown["baseline"][0]
     assert not torch.equal(*(prompt["pixel_values_videos"] for prompt in shown["baseline"]))
     assert torch.equal(*(prompt["pixel_values"] for prompt in shown["first"]))
 
 
 def test_late_clips():
-    """Nothing of the edit is in the first half; the truth passes, and what is wrong only later does not."""
+    """Nothing of the edit is in the first half; the truth passes, and late mistakes do not."""
     for seed in range(len(claims.LATE_KINDS)):
         case, start = claims.draw("late", seed, "train")
         assert claims.FRAMES // 2 <= start <= claims.FRAMES - 3
         assert np.array_equal(case.source[:start], case.target[:start])
-        assert all(world.differs(case.source[i:i + 1], case.target[i:i + 1]).any() for i in range(start, claims.FRAMES))
+        assert all(
+            world.differs(case.source[i : i + 1], case.target[i : i + 1]).any()
+            for i in range(start, claims.FRAMES)
+        )
         edited = set(case.source_scene.things) ^ set(case.target_scene.things)
         shown = replace(case.source_scene, things=tuple(set(case.source_scene.things) - edited))
-        assert edited and np.array_equal(world.render(shown, frames=claims.FRAMES)[:start], case.source[:start])
-        line = {"late": start, "source_scene": vars(case.source_scene), "target_scene": vars(case.target_scene)}
+        assert edited and np.array_equal(
+            world.render(shown, frames=claims.FRAMES)[:start], case.source[:start]
+        )
+        line = {
+            "late": start,
+            "source_scene": vars(case.source_scene),
+            "target_scene": vars(case.target_scene),
+        }
         line = json.loads(json.dumps(line, default=vars))
         wrong = claims.rivals(line, case.target)
         judge = lambda output: world.judge(case.source, case.target, output, wrong)["success"]
         assert judge(case.target) and not judge(case.source)
-        assert not any(judge(rival) for rival in wrong[::4]
-                       if (differs := world.differs(case.target, rival)).any()
-                       and world.far(case.target, rival, differs) >= world.VISIBLE)
+        assert not any(
+            judge(rival)
+            for rival in wrong[::4]
+            if (differs := world.differs(case.target, rival)).any()
+            and world.far(case.target, rival, differs) >= world.VISIBLE
+        )
 
 
 def test_every_case_can_be_judged():
-    """The world knows edits that change nothing, which its judge refuses: a black square on white, turned gray."""
+    """Some edits change nothing, which the judge refuses: black on white, made gray."""
     seed = 30 * world.SEEDS + 1
     plain = world.sample(seed, kind=world.KINDS[seed % len(world.KINDS)])
     case, _ = claims.draw("image", seed, "train")
-    assert not world.differs(plain.source, plain.target).any() and world.differs(case.source, case.target).any()
+    assert (
+        not world.differs(plain.source, plain.target).any()
+        and world.differs(case.source, case.target).any()
+    )
     assert case.kind == plain.kind
 
 
@@ -170,29 +231,49 @@ def test_every_arm_yields_its_rows(whole):
         folder = whole / f"{arm.name}-0"
         rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
         assert [(row["arm"], row["seed"], row["media"], row["cases"]) for row in rows] == [
-            (arm.name, 0, media, 1) for media in MEDIA]
-        assert all(np.isfinite([row[key] for key in ("loss", "success", "inside", "outside")]).all() for row in rows)
-        assert {"stage1", "stage1_mean"} <= rows[0].keys() and not (folder / "stage2" / "checkpoints").exists()
-        steps = [json.loads(line) for line in (folder / "stage2" / "metrics.jsonl").read_text().splitlines()]
-        assert [row["video"] for row in steps] == [False, arm.clips]
+            (arm.name, 0, media, 1) for media in MEDIA
+        ]
+        assert all(
+            np.isfinite([row[key] for key in ("loss", "success", "inside", "outside")]).all()
+            for row in rows
+        )
+        assert {"stage1", "stage1_mean"} <= rows[0].keys() and not (
+            folder / "stage2" / "checkpoints"
+        ).exists()
+        steps = [
+            json.loads(line)
+            for line in (folder / "stage2" / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert [row["video"] for row in steps if "loss" in row] == [False, arm.clips]
         assert (folder / "stage1").exists() == (arm.stage1 == arm.name)
         assert [step for step, _ in claims.curve_of(folder / "stage2", "late")] == [0, 2]
-    losses = {arm.name: claims.curve_of(whole / f"{arm.name}-0" / "stage2", "clip") for arm in ARMS.values()}
-    assert len({curve[-1] for curve in losses.values()}) == len(ARMS)               # no arm is another in disguise
+    losses = {
+        arm.name: claims.curve_of(whole / f"{arm.name}-0" / "stage2", "clip")
+        for arm in ARMS.values()
+    }
+    assert len({curve[-1] for curve in losses.values()}) == len(
+        ARMS
+    )  # no arm is another in disguise
     assert all((whole / f"claim-{claim}.png").exists() for claim in CLAIMS)
 
 
 def test_what_is_there_is_not_made_again(whole, monkeypatch, capsys):
-    """A run that is whole is left alone; of one that was cut off while editing, only what is missing is made."""
+    """A whole run is left alone; of one that was cut off while editing, the rest alone is made."""
     file, edit = whole / "zero-0" / "results.jsonl", whole / "zero-0" / "edits" / "image-00000.png"
     rows, pixels = file.read_text(), edit.read_bytes()
-    others = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.parent != whole}
+    others = {
+        path: path.stat().st_mtime_ns
+        for path in whole.rglob("*")
+        if path.is_file() and path.parent != whole
+    }
     file.unlink(), edit.unlink()
-    monkeypatch.setattr(train.Trainer, "run", None)
+    monkeypatch.setattr(train, "train", None)
     monkeypatch.setattr(claims, "measure", lambda options, arm: COSTS)
     assert claims.main([*CLAIMS, *TINY, "--out", str(whole)]) == 0
     assert file.read_text() == rows and edit.read_bytes() == pixels
-    assert all(path.stat().st_mtime_ns == time for path, time in others.items() if path not in (file, edit))
+    assert all(
+        path.stat().st_mtime_ns == time for path, time in others.items() if path not in (file, edit)
+    )
     capsys.readouterr()
     monkeypatch.setattr(claims, "run", lambda *_: None)
     assert claims.main(["table", "plot", "--out", str(whole)]) == 0
@@ -215,21 +296,42 @@ def test_estimate(out, tmp_path, monkeypatch, capsys):
 
 def test_table_has_mean_and_deviation():
     values = {"baseline": [0.25, 0.35, 0.3], "first": [0.5]}
-    rows = [{"arm": arm, "seed": seed, "media": "clip", "cases": 27, "loss": value, "success": 100 * value,
-             "inside": 2 * value, "outside": value / 10} for arm in values for seed, value in enumerate(values[arm])]
+    rows = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "media": "clip",
+            "cases": 27,
+            "loss": value,
+            "success": 100 * value,
+            "inside": 2 * value,
+            "outside": value / 10,
+        }
+        for arm in values
+        for seed, value in enumerate(values[arm])
+    ]
     lines = claims.table("d", rows).splitlines()
     assert statistics.stdev(values["baseline"]) == pytest.approx(0.05)
     assert lines[0].startswith("### (d) ") and len(lines) == 6
-    assert lines[4] == ("| baseline | clip | 27 | 3 | 0.3000 ± 0.0500 | 30.0 ± 5.0 | 0.600 ± 0.100 | "
-                        "0.0300 ± 0.0050 |  |  |")
+    assert lines[4] == (
+        "| baseline | clip | 27 | 3 | 0.3000 ± 0.0500 | 30.0 ± 5.0 | 0.600 ± 0.100 | "
+        "0.0300 ± 0.0050 |  |  |"
+    )
     assert lines[5] == "| first frame | clip | 27 | 1 | 0.5000 | 50.0 | 1.000 | 0.0500 |  |  |"
     assert {line.count("|") for line in lines[2:]} == {11}
     assert claims.compared(rows) == ["d"]
 
 
-@pytest.mark.parametrize("arguments, why", [
-    (["a", "--weights", "nowhere"], "no such folder"), (["table"], "no two arms"), (["f"], "invalid choice"),
-    (["a", "--seeds", "0"], "--seeds"), (["a", "--steps", "9"], "--steps")])
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["a", "--weights", "nowhere"], "no such folder"),
+        (["table"], "no two arms"),
+        (["f"], "invalid choice"),
+        (["a", "--seeds", "0"], "--seeds"),
+        (["a", "--steps", "9"], "--steps"),
+    ],
+)
 def test_refusals(arguments, why, tmp_path, capsys):
     try:
         code = claims.main([*arguments, "--out", str(tmp_path / "out")])

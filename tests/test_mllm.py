@@ -15,14 +15,34 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import (
-    AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers)
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 import mllm
 from connector import recompute_blocks
 from mllm import (
-    LORA_TARGETS, PRESETS, SPECIAL_TOKENS, LoRALinear, Processor, Qwen2_5_VL, Qwen2_5_VLConfig,
-    add_lora, left_padding_mask, load_lora, lora_layers, lora_state_dict, mrope_positions,
-    smart_resize)
+    LORA_TARGETS,
+    PRESETS,
+    SPECIAL_TOKENS,
+    LoRALinear,
+    Processor,
+    Qwen2_5_VL,
+    Qwen2_5_VLConfig,
+    add_lora,
+    left_padding_mask,
+    load_lora,
+    lora_layers,
+    lora_state_dict,
+    mrope_positions,
+    smart_resize,
+)
 
 TINY = dataclasses.replace(PRESETS["tiny"], vision_start_token_id=503, vision_end_token_id=504)
 MANIFEST = json.loads((Path(__file__).parent / "manifests" / "qwen2.5_vl_3b.json").read_text())

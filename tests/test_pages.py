@@ -4,8 +4,6 @@ import functools
 import importlib
 import re
 import shlex
-import subprocess
-import sys
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +48,10 @@ def command_lines():
 
 @functools.cache
 def options(script, *command):
-    return set(re.findall(r"(?<![\w-])--?\w[\w-]*", shell(script, *command, "--help").stdout))
+    """The options in the --help of a script."""
+    command = [sys.executable, TOP / script, *command, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(re.findall(r"(?<![\w-])--?\w[\w-]*", done.stdout))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights" / "shapes
 
 import pretrain
 import world
+
 from connector import InstructX
 from vae import WanVAE
 

@@ -40,11 +40,20 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import world
+
 from connector import SYSTEM_PROMPT, InstructX
 from dit import WanDiT, WanDiTConfig
 from mllm import Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
 from sampler import FlowSampler
-from vae import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, Upsample, VAEConfig, WanVAE
+from vae import (
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    VAEConfig,
+    WanVAE,
+)
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 VAE = dict(dim=16, z_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(False, True))   # 4x in space, 2x in time
@@ -292,7 +301,7 @@ def conversation(case, rng, edit):
 def new_mllm(out):
     tokenizer = Tokenizer.from_file(str(out / "mllm" / "tokenizer.json"))
     torch.manual_seed(0)
-    model = Qwen2_5_VL(mllm_config(tokenizer))
+    model = Qwen2_5_VL(mllm_config(tokenizer)).initialize()
     for name, weight in model.named_parameters():   # the family's N(0, 0.02) is made for ten times the width: here every
         if weight.ndim == 2:                        # color would get the same embedding before any of them is understood
             layers = len(model.model.layers) if ".o_proj" in name or ".down_proj" in name else 0.5
@@ -452,7 +461,7 @@ def make_dit(out, args):
         save({name: latents_of(vae, value[:PAINTED[name]]) for name, value in pictures.items()}, out / "latents.pt")
     latents = {name: value.clone() for name, value in torch.load(out / "latents.pt", weights_only=True).items()}
     torch.manual_seed(0)
-    dit = WanDiT(WanDiTConfig(**DIT))
+    dit = WanDiT(WanDiTConfig(**DIT)).initialize()
     print(f"dit: {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters")
     sampler = FlowSampler(shift=3.0)
     where = Where(dit, dit.grid(latents["clip"].shape))

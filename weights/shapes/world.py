@@ -882,6 +882,7 @@ def load_model(weights):
     The files have half precision, in which a CPU takes several times as long.
     """
     import torch
+
     from connector import InstructX
 
     return InstructX.from_pretrained(weights, dtype=torch.float32)
