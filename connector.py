@@ -21,6 +21,7 @@ tokens, Q queries, D width of the MLLM.
 import argparse
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -305,8 +306,11 @@ class InstructX(nn.Module):
         if "instructx" in folders:
             config = read_config(folders["instructx"] / "config.json")
             config = replace(config, **settings)
-            with torch.device("meta"):
-                connector = Connector(config)
+            try:
+                with torch.device("meta"):
+                    connector = Connector(config)
+            except (RuntimeError, TypeError, OverflowError) as error:
+                raise ValueError(f"{folders['instructx']}: {str(error)[:200]}") from None
             if config.lora_rank:
                 add_lora(mllm, config.lora_rank, config.lora_alpha)
             model = cls(config, mllm, processor, connector, dit, vae)
@@ -380,9 +384,10 @@ class InstructX(nn.Module):
         # By way of another name: the tensors may be mapped from the file that is there.
         partial_file = folder / "model.safetensors.partial"
         save_file(tensors, partial_file, metadata={"format": "pt"})
-        os.replace(partial_file, folder / "model.safetensors")
         config = {"_class_name": "InstructX", **asdict(self.config)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(folder / "config.json", partial_file)  # safetensors makes it private
+        os.replace(partial_file, folder / "model.safetensors")
 
 
 def check_frames(frames):
@@ -429,7 +434,8 @@ def check_finite(tensor, name):
 def read_config(file):
     """InstructXConfig from a config.json. ValueError for unknown keys and wrong types."""
     raw = read_json(file)
-    raw.pop("_class_name", None)
+    if raw.pop("_class_name", "InstructX") != "InstructX":
+        raise ValueError(f"{file} is not the config.json of an InstructX folder")
     names = [field.name for field in fields(InstructXConfig)]
     unknown = sorted(raw.keys() - set(names))
     if unknown:

@@ -1102,7 +1102,7 @@ def settings_of(folder):
     """The config.json of a folder; {} if it is missing or damaged, as loading will report."""
     try:
         settings = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         settings = None
     return settings if isinstance(settings, dict) else {}
 
