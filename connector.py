@@ -21,6 +21,7 @@ tokens, Q queries, D width of the MLLM.
 import argparse
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -185,9 +186,10 @@ class InstructX(nn.Module):
             )
         area = frames.shape[1] * frames.shape[2]
         if len(references) > self.config.max_references:
-            raise ValueError(
-                f"{len(references)} references; these weights take {self.config.max_references}"
+            known = (
+                f"at most {self.config.max_references}" if self.config.max_references else "none"
             )
+            raise ValueError(f"{len(references)} references, but these weights take {known}")
         shown = [fit_reference(picture, area) for picture in references]  # to the MLLM
         if self.config.reference_padded:
             shown = [np.asarray(to_pil(picture)) for picture in references]
@@ -384,8 +386,11 @@ class InstructX(nn.Module):
             config = None
         if config is not None:
             config = replace(config, **settings)
-            with torch.device("meta"):
-                connector = Connector(config)
+            try:
+                with torch.device("meta"):
+                    connector = Connector(config)
+            except (RuntimeError, TypeError, OverflowError) as error:
+                raise ValueError(f"{folders['instructx']}: {str(error)[:200]}") from None
             if config.lora_rank:
                 add_lora(mllm, config.lora_rank, config.lora_alpha)
             model = cls(config, mllm, processor, connector, dit, vae)
@@ -482,9 +487,10 @@ class InstructX(nn.Module):
         # By way of another name: the tensors may be mapped from the file that is there.
         partial_file = folder / "model.safetensors.partial"
         save_file(tensors, partial_file, metadata={"format": "pt"})
-        os.replace(partial_file, folder / "model.safetensors")
         config = {"_class_name": "InstructX", **asdict(self.config)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(folder / "config.json", partial_file)  # safetensors makes it private
+        os.replace(partial_file, folder / "model.safetensors")
 
 
 def read_safetensors(file, device, dtype):
@@ -592,7 +598,8 @@ def check_finite(tensor, name):
 def read_config(file):
     """InstructXConfig from a config.json. ValueError for unknown keys and wrong types."""
     raw = read_json(file)
-    raw.pop("_class_name", None)
+    if raw.pop("_class_name", "InstructX") != "InstructX":
+        raise ValueError(f"{file} is not the config.json of an InstructX folder")
     names = [field.name for field in fields(InstructXConfig)]
     unknown = sorted(raw.keys() - set(names))
     if unknown:

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -397,14 +398,14 @@ class WanDiT(nn.Module):
         config = read_config(path)
         if config.num_layers > len(tensors):
             raise ValueError(f"{path} has too few tensors for {config.num_layers} layers")
-        with torch.device("meta"):
-            model = cls(config)
         for name, tensor in tensors.items():  # one by one, never two copies of the model
             home = device if blocks or not name.startswith("blocks.") else "meta"
             tensors[name] = tensor.to(home, stored_dtype(name, tensor.dtype, dtype))
         try:
+            with torch.device("meta"):
+                model = cls(config)
             model.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:  # it names what is missing, left over or of another shape
+        except (RuntimeError, TypeError) as error:  # it names what is missing or does not fit
             raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
         return model
 
@@ -423,8 +424,9 @@ class WanDiT(nn.Module):
         # By way of another name: the tensors may be mapped from the file that is there.
         partial = folder / "model.safetensors.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
-        os.replace(partial, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(folder / "config.json", partial)  # safetensors makes it private
+        os.replace(partial, folder / "model.safetensors")
 
 
 FLOAT32 = re.compile(r"^time_|^head\.|norm|modulation$")

@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from itertools import cycle
 from pathlib import Path
@@ -953,8 +954,6 @@ def load_model(cls, path, device, dtype, blocks, config):
     config = read_config(path, config)
     if max(config.num_hidden_layers, config.vision_config.depth) > len(tensors):
         raise ValueError(f"{path} has too few tensors for the layers of its config.json")
-    with torch.device("meta"):
-        model = cls(config)
     tied, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and tied is not None and table is not None:
         if torch.equal(tied, table):  # some exports store the tied head again
@@ -967,8 +966,10 @@ def load_model(cls, path, device, dtype, blocks, config):
         elif name != "model.embed_tokens.weight":  # stays mapped on the CPU: few rows are read
             tensors[name] = tensor.to(device, dtype)
     try:
+        with torch.device("meta"):
+            model = cls(config)
         model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # it names what is missing, left over or of another shape
+    except (RuntimeError, TypeError) as error:  # it names what is missing or does not fit
         raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
     return model.eval()
 
@@ -982,8 +983,9 @@ def save_model(model, folder):
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     partial = folder / "model.safetensors.partial"  # the tensors may be mapped from the old file
     save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    shutil.copymode(folder / "config.json", partial)  # safetensors makes it private
+    os.replace(partial, folder / "model.safetensors")
 
 
 BLOCKS = ("visual.blocks.", "model.layers.")
@@ -1150,8 +1152,11 @@ def load_processor(cls, folder):
             if raw.get(name) is None:
                 raw[name] = size.get(edge)
         settings = {name: raw[name] for name in PROCESSOR_SETTINGS if raw.get(name) is not None}
+        sizes = [settings[name] for name in PROCESSOR_SETTINGS[:5] if name in settings]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"sizes should be whole numbers above 0, not {sizes}")
         return cls(tokenizer, **settings)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{settings_file}: {error}") from None
 
 

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -359,7 +360,7 @@ class Decoder(nn.Module):
 
 def to_video(frames, like):
     """uint8 (T, H, W, 3) -> (1, 3, T, H, W) in [-1, 1], with the dtype and device of `like`."""
-    video = torch.from_numpy(frames).to(like.device).permute(3, 0, 1, 2)[None].to(like.dtype)
+    video = torch.tensor(frames).to(like.device).permute(3, 0, 1, 2)[None].to(like.dtype)
     return video.div_(127.5).sub_(1)  # in place: a copy of a clip takes gigabytes
 
 
@@ -469,13 +470,13 @@ class WanVAE(nn.Module):
         nested = any(".downsamples.0.downsamples." in name for name in tensors)
         released = PRESETS["wan2.2" if nested else "wan2.1"]
         config = read_config(file.parent / "config.json", released)
-        with torch.device("meta"):
-            model = cls(config)
         tensors = official_names(tensors, config)
         tensors = {name: t.to(device, dtype or t.dtype) for name, t in tensors.items()}
         try:
+            with torch.device("meta"):
+                model = cls(config)
             model.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:  # it names what is missing, left over or of another shape
+        except (RuntimeError, TypeError) as error:  # it names what is missing or does not fit
             raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
         model.set_latent_statistics(config.latents_mean, config.latents_std)  # they were on meta
         return model
@@ -494,8 +495,9 @@ class WanVAE(nn.Module):
         # By way of another name: the tensors may be mapped from the file that is there.
         partial = folder / "model.safetensors.partial"
         save_file(tensors, partial)
-        os.replace(partial, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(folder / "config.json", partial)  # safetensors makes it private
+        os.replace(partial, folder / "model.safetensors")
 
 
 def split_frames(x, size):
@@ -626,6 +628,8 @@ def checkpoint_file(path):
     for name in ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth"):  # the DiT's files may lie beside it
         if (path / name).is_file():
             return path / name
+    if any(path.glob("*.index.json")):
+        raise ValueError(f"{path} holds an index of shards; the VAE comes in one file")
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
     if len(files) != 1:
         raise FileNotFoundError(f"{path} holds {len(files)} checkpoint files; it should be one")
