@@ -40,7 +40,7 @@ import dit as dit_module
 import mllm as mllm_module
 import vae as vae_module
 from dit import PatchEmbedding, WanDiT
-from mllm import BICUBIC, Processor, Qwen2_5_VL, add_lora, load_lora, lora_state_dict, to_pil
+from mllm import Processor, Qwen2_5_VL, add_lora, load_lora, lora_state_dict, to_pil
 from sampler import FlowSampler, guided
 from vae import WanVAE, to_frames, to_video
 
@@ -184,16 +184,13 @@ class InstructX(nn.Module):
             raise ValueError(
                 f"guidance is {guidance}; it should be 1 or more (1: no amplification)"
             )
-        area = frames.shape[1] * frames.shape[2]
         if len(references) > self.config.max_references:
             known = (
                 f"at most {self.config.max_references}" if self.config.max_references else "none"
             )
             raise ValueError(f"{len(references)} references, but these weights take {known}")
-        shown = [fit_reference(picture, area) for picture in references]  # to the MLLM
-        if self.config.reference_padded:
-            shown = [np.asarray(to_pil(picture)) for picture in references]
-        references = [self.frame_reference(picture, frames.shape) for picture in shown]
+        shown = [self.shown_reference(picture, frames.shape) for picture in references]
+        references = [self.framed_reference(picture, frames.shape) for picture in shown]
 
         report("understand", 0, 1)
         # The unconditional branch sees the same pictures with an empty instruction, so guidance
@@ -330,12 +327,20 @@ class InstructX(nn.Module):
             if len(frames):
                 yield frames  #                                                 (t, H, W, 3)
 
-    def frame_reference(self, picture, shape):
-        """uint8 (H, W, 3) -> the same as the DiT sees it beside frames of `shape` (T, H, W, 3)."""
+    def shown_reference(self, picture, shape):
+        """A picture -> uint8 (H, W, 3), as the MLLM sees it beside frames of `shape`."""
+        if self.config.reference_padded:
+            return np.asarray(to_pil(picture))
+        return fit_reference(picture, shape[1] * shape[2])
+
+    def framed_reference(self, picture, shape):
+        """A shown reference -> uint8 (H, W, 3), as the DiT sees it."""
         if not self.config.reference_padded:
             return picture
         size = shape[2], shape[1]
-        return np.asarray(ImageOps.pad(to_pil(picture), size, BICUBIC, color="white"))
+        return np.asarray(
+            ImageOps.pad(to_pil(picture), size, Image.Resampling.BICUBIC, color="white")
+        )
 
     def multiple(self):
         """Sides of a picture are padded to multiples of this: VAE stride times DiT patch."""
@@ -572,7 +577,7 @@ def pad(frames, side, stride):
 def fit_reference(picture, area):
     """A PIL image or uint8 (H, W, 3) -> uint8 (H, W, 3) of at most `area` pixels.
 
-    A reference then costs no more tokens than a frame of the source. Training does the same.
+    A reference then costs no more tokens than a frame of the source.
     """
     image = to_pil(picture)
     height, width = reference_size(image.height, image.width, area)
@@ -669,7 +674,7 @@ def locate(folder, instructx=None):
         model = CLASSES.get(str(config.get("_class_name", config.get("model_type"))))
         if model and file.parent.parent.name != "instructx":
             candidates.setdefault(model, []).append(file.parent)
-    vae_files = sorted([*folder.glob("Wan2.1_VAE.*"), *folder.glob("*/Wan2.1_VAE.*")])
+    vae_files = sorted([*folder.glob("Wan2.?_VAE.*"), *folder.glob("*/Wan2.?_VAE.*")])
     candidates.setdefault("vae", vae_files)
     folders = {}
     for model in ("mllm", "dit", "vae", "instructx"):

@@ -560,7 +560,7 @@ RENAMES = {
 def official_names(tensors, config):
     """Renames diffusers' tensors; official ones pass unchanged.
 
-    Both nest the layers of a resolution in Wan2.2. In Wan2.1 diffusers nests those of the decoder, and
+    Both nest the layers of a resolution in Wan2.2. In Wan2.1 diffusers nests the decoder, and
     the official list is flat: num_res_blocks + 1 residual blocks, then the upsampling.
     """
     if not any("_block" in name for name in tensors):
