@@ -27,7 +27,6 @@ Letters: B samples, F latent frames, H W pixels, h w = H/8 W/8, Q queries.
 """
 
 import argparse
-import codecs
 import contextlib
 import csv
 import fcntl
@@ -43,14 +42,12 @@ import signal
 import sys
 import time
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edit import MediaError, Parser, media_shape, number, read_frames, whole
-
-# Settings. "paper" marks what the paper states; all else is our choice.
 
 PAPER_STEPS = {1: 20000, 2: 20000, 3: 5000}
 CLIP_NORM = 1.0  # largest norm of the gradient
@@ -68,12 +65,15 @@ QUIET = None if IS_FIRST else True  # tqdm: a bar where stderr is a terminal, or
 
 
 def settings(arguments=None):
-    """The command line -> its values. Ends the process with code 2 and one line for a bad one."""
+    """The command line -> its values. Ends the process with code 2 and one line for a bad one.
+
+    "paper" marks what the paper states; all else is our choice.
+    """
     help_format = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="train.py", description=__doc__, formatter_class=help_format)
     count, share = number(int, 1, 10**9), number(float, 0, 1)
     rate, shift = number(float, 0, 1e9), number(float, 0.01, 100)
-    schedules, distributions = ("constant", "linear", "cosine"), ("logit-normal", "uniform")
+    file, folder = {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "DIR"}
 
     def add(name, help, default=None, type=None, **more):
         help += "" if default is None else " (default: %(default)s)"
@@ -82,27 +82,26 @@ def settings(arguments=None):
         group.add_argument(name, help=help, default=default, type=type, **more)
 
     group = parser.add_argument_group("data")
-    add("--data", "JSON lines", type=Path, nargs="+", required=True, metavar="FILE")
+    add("--data", "JSON lines", nargs="+", required=True, **file)
     add("--video-share", "of the steps of stages 2 and 3 that take clips; paper: 0.6", 0.6, share)
     add("--area", "larger pictures are scaled down to about this many pixels", 480 * 832, count)
     add("--frames", "longer clips are cut to this many frames", 81, count)
-    add("--cache", "keeps latents and sizes of media files", type=Path, metavar="DIR")
-    add("--validate", "held-out JSON lines, for a loss and pictures", type=Path, metavar="FILE")
+    add("--cache", "keeps latents and sizes of media files", **folder)
+    add("--validate", "held-out JSON lines, for a loss and pictures", **file)
     add("--validate-every", "steps between validations", 500, count)
 
     group = parser.add_argument_group("stage and objective")
     add("--stage", "what trains on which data", type=int, choices=(1, 2, 3), required=True)
-    text = "instructx/ of the stage before (default: the one in --weights, else a fresh start)"
-    add("--start", text, type=Path, metavar="DIR")
+    add("--start", "instructx/ of the stage before (default: that of --weights, if any)", **folder)
     text = "such as lora_rank=16 of a fresh start, steps=20 of sampling (connector.py)"
-    group.add_argument("--config", help=text, nargs="+", default=[], metavar="KEY=VALUE")
+    add("--config", text, nargs="+", metavar="KEY=VALUE")
     add("--drop", "probability of an empty instruction, for guidance", 0.1, share)
+    distributions = ("logit-normal", "uniform")
     add("--sigma", "distribution of σ before it is shifted", "logit-normal", choices=distributions)
     add("--image-shift", "shift of σ for images", 3.0, shift)
     add("--video-shift", "shift of σ for clips", 5.0, shift)
-    text = "extra weight of the loss where source and target differ; 0 is plain flow matching"
-    add("--change-weight", text, 0.0, rate)
-    text = "rank of LoRA that trains in place of the DiT and is merged in the end; 0 trains the DiT"
+    add("--change-weight", "extra weight where an edit changes its source; 0: none", 0.0, rate)
+    text = "rank of LoRA that trains in place of the DiT and is merged in the end; 0: no LoRA"
     add("--dit-lora", text, 0, number(int, 0, 10**4))
 
     group = parser.add_argument_group("optimizer")
@@ -111,20 +110,21 @@ def settings(arguments=None):
     add("--video-batch", "clips per step; paper: 32", 4, count)
     add("--micro-batch", "at most so many samples at once, over all processes", 8, count)
     add("--lr", "learning rate; paper: 1e-5 for the 14B; try 1e-3 for weights/shapes", 1e-5, rate)
-    text = "of Muon for the matrices of the DiT's blocks, about 20 times --lr; 0 is AdamW there too"
+    text = (
+        "of Muon for the matrices of the DiT's blocks, about 20 times --lr; 0: AdamW as elsewhere"
+    )
     add("--muon-lr", text, 0.0, rate)
     add("--warmup", "steps until the learning rate is reached", 100, number(int, 0, 10**9))
+    schedules = ("constant", "linear", "cosine")
     add("--schedule", "of the learning rate after that", "constant", choices=schedules)
 
     group = parser.add_argument_group("run")
-    add("--weights", "with mllm/, dit/, vae/", type=Path, required=True, metavar="DIR")
-    text = "folder of all results; the same command goes on there"
-    add("--out", text, type=Path, required=True, metavar="DIR")
+    add("--weights", "with mllm/, dit/, vae/", required=True, **folder)
+    add("--out", "for all results; the same command goes on there", required=True, **folder)
     text = f"steps between checkpoints; one every {SAVE_MINUTES} minutes comes on top"
     add("--save-every", text, 500, count)
     add("--seed", "of data order, noise, σ and dropped instructions", 0, number(int, 0, 2**62))
-    text = "such as cpu or cuda (default: cuda where there is one, else cpu)"
-    add("--device", text, metavar="NAME")
+    add("--device", "such as cpu or cuda (default: cuda where there is one)", metavar="NAME")
     text = "of matrix products and frozen weights (default: bfloat16 on CUDA, else float32)"
     add("--precision", text, choices=("float32", "bfloat16"))
     text = "compute each layer again in the backward pass: less memory, a third more time"
@@ -153,28 +153,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
-from torch.distributed.checkpoint import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from connector import (
-    InstructX,
-    InstructXConfig,
-    locate,
-    pad,
-    recompute_blocks,
-    reference_size,
-)
+from connector import InstructX, InstructXConfig, locate, pad, recompute_blocks, reference_size
 from dit import stored_dtype
 from mllm import LoRALinear, lora_layers
 from sampler import FlowSampler
@@ -190,42 +177,39 @@ def complete(args):
 
     Raises ValueError for a device that is not there and for a value that no edit could use.
     """
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cuda = args.device.startswith("cuda")
-    if on_cuda and PROCESSES > 1:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and PROCESSES > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        args.device = torch.device(name)
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {args.device} is not available ({reason}); try cpu") from None
-    args.precision = args.precision or ("bfloat16" if on_cuda else "float32")
-    args.config = dict(config_setting(pair) for pair in args.config)
-    sampling = ("steps", "shift", "solver")
-    FlowSampler(**{name: value for name, value in args.config.items() if name in sampling})
+        raise ValueError(f"--device {name} is not available ({reason}); try cpu") from None
+    args.precision = args.precision or ("bfloat16" if args.device.type == "cuda" else "float32")
+    args.config = dict(config_setting(pair) for pair in args.config or [])
+    sampling = {"steps", "shift", "solver"} & args.config.keys()
+    FlowSampler(**{name: args.config[name] for name in sampling})  # raises for unusable values
 
 
 def config_setting(pair):
     """Reads "steps=20" as ("steps", 20). Raises ValueError for what no edit could use."""
     name, _, text = pair.partition("=")
     types = InstructXConfig.__annotations__
-    if name not in types or name in ("mllm_dim", "context_dim"):
+    if name not in types or name in ("mllm_dim", "context_dim", "frame_resizes"):
         raise ValueError(f"--config {pair}: unknown {name!r}; there are {', '.join(types)}")
-    least = {"lora_rank": 0, "guidance": 1, "mllm_frames": 2}.get(
-        name, 1 if types[name] is int else 1e-3
-    )
+    least = {"lora_rank": 0, "guidance": 1, "mllm_frames": 2}
     try:
         if types[name] is str:
             return name, text
         if types[name] is bool:
             return name, {"true": True, "false": False}[text]
-        value = types[name](text)
-        if not least <= value < 1e6:
-            raise ValueError
-    except (ValueError, KeyError):
-        kind = types[name].__name__
-        raise ValueError(f"--config {pair}: should be {kind}, {least} or more") from None
-    return name, value
+        lowest = least.get(name, 1 if types[name] is int else 1e-3)
+        return name, number(types[name], lowest, 10**6)(text)
+    except KeyError:
+        raise ValueError(f"--config {pair}: should be true or false") from None
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--config {pair}: {error}") from None
 
 
 # Data: which edits there are, which of them a step sees, and reading them.
@@ -233,7 +217,7 @@ def config_setting(pair):
 
 @dataclass
 class Pair:
-    """One line of the data."""
+    """One edit of the data."""
 
     where: str  # file and line
     source: Path
@@ -242,84 +226,21 @@ class Pair:
     instruction: str
 
 
-CSV_COLUMNS = {
-    "source": "src_video",
-    "target": "tgt_video",
-    "instruction": "prompt",
-    "references": "ref_image",
-}  # of Kiwi-Edit
-
-
-def read_rows(file):
-    """Yields (line number, JSON text or dict) of a data file: JSON lines, or Kiwi-Edit's CSV."""
+def read_lines(file):
+    """Yields (line number, JSON) for each edit of JSON lines, or of a CSV as Kiwi-Edit has it."""
     if file.suffix.lower() == ".csv":
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream)
             for row in reader:
-                row = {name: row.get(column) for name, column in CSV_COLUMNS.items()}
-                row["references"] = [row["references"]] if row["references"] else []
-                yield reader.line_num, row
-        return
-    # bytes: str.splitlines would also cut at separators that JSON may hold inside a text
-    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    yield from ((i, line) for i, line in enumerate(lines, 1) if line.strip())
-
-
-def read_lines(file):
-    """Yields a Pair for each line of a data file, or the ValueError that says what is wrong."""
-    for i, row in read_rows(file):
-        try:
-            row = json.loads(row.decode()) if isinstance(row, bytes) else row
-            source, target = file.parent / row["source"], file.parent / row["target"]
-            references = [file.parent / path for path in row.get("references") or []]
-            if not isinstance(row["instruction"], str):
-                raise TypeError("the instruction is no text")
-            yield Pair(f"{file}:{i}", source, target, references, row["instruction"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"not an edit with source, target and instruction ({error!r})"
-            yield ValueError(f"{file}:{i}: {reason}")
-
-
-class Sizes:
-    """(frames, height, width, rate) of media files, remembered in a JSON file.
-
-    An entry holds for one path, size and time of a media file.
-    """
-
-    def __init__(self, file):
-        self.file, self.known = file, {}
-        with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or damaged
-            self.known = dict(json.loads(file.read_text()))
-        self.count = len(self.known)
-
-    def __call__(self, path):
-        if not path.is_file() and not path.is_dir():
-            problem = "is no file and no folder" if path.exists() else "does not exist"
-            raise MediaError(f"{path} {problem}")
-        stat = path.stat()
-        key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
-        if key not in self.known:
-            frames, height, width = media_shape(path)
-            is_video_file = frames > 1 and path.is_file()
-            rate = float(read_frames(path, limit=1).fps or 0) if is_video_file else 0.0
-            self.known[key] = [frames, height, width, rate]
-        return self.known[key]
-
-    def save(self):
-        if len(self.known) > self.count:
-            keep_file(self.file, json.dumps(self.known).encode())
-
-
-def keep_file(file, content):
-    """Writes a file of a cache. Returns whether that was possible: a run can do without."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole(file) as partial:
-            partial.write_bytes(content)
-        return True
-    except OSError as error:
-        say(f"{file} could not be written ({error}); going on without the cache")
-        return False
+                edit = {"source": row.get("src_video"), "target": row.get("tgt_video")}
+                edit["instruction"] = row.get("prompt")
+                edit["references"] = [row["ref_image"]] if row.get("ref_image") else []
+                yield reader.line_num, json.dumps(edit)
+    else:
+        with file.open("rb") as stream:  # as text, a line would also end inside of a JSON string
+            for i, line in enumerate(stream, 1):
+                if line.strip():
+                    yield i, line
 
 
 class Pairs:
@@ -333,80 +254,103 @@ class Pairs:
     def __init__(self, args, files, multiple, stride, padded_references=False):
         self.args, self.multiple, self.stride = args, multiple, stride
         self.padded_references = padded_references  # see InstructX.framed_reference
-        self.pairs, self.broken, self.reported = [], {}, 0  # broken: {file and line: why}
-        self.buckets = {False: {}, True: {}}  # {is_video: {shape: [number in pairs]}}
+        self.pairs, self.broken = [], {}  # broken: {file and line: what is wrong}
         for file in files:
-            for pair in read_lines(file):
-                if isinstance(pair, Pair):
-                    self.pairs.append(pair)
-                else:
-                    self.mark_broken(str(pair).partition(": ")[0], pair)
-        self.sizes = Sizes((args.cache or args.out) / "sizes.json")
+            for i, line in read_lines(file):
+                self.add(f"{file}:{i}", file.parent, line)
+
+        cache = (args.cache or args.out) / "sizes.json"
+        self.sizes = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or damaged
+            self.sizes = dict(json.loads(cache.read_text()))
+        count = len(self.sizes)
         with ThreadPoolExecutor(READERS) as pool:
             shapes = pool.map(self.try_shape, self.pairs)
             bar = tqdm(shapes, "sizes", len(self.pairs), leave=False, disable=QUIET)
             self.shapes = list(bar)  # of each pair: (source's shape, references' shapes...) or None
-        self.sizes.save()
-        numbers = (pair.where.rpartition(":")[2] for pair in self.pairs)
-        rows = list(zip(numbers, (pair.instruction for pair in self.pairs), self.shapes))
+        if len(self.sizes) > count:
+            write_cache(cache, json.dumps(self.sizes).encode())
+        rows = [(pair.instruction, shape) for pair, shape in zip(self.pairs, self.shapes)]
         self.digest = hashlib.sha256(repr(rows).encode()).hexdigest()
+
+        self.buckets = {False: {}, True: {}}  # {is_video: {shape: [number in pairs]}}
         for i, shape in enumerate(self.shapes):
             if shape and (args.stage > 1 or shape[0][0] == 1):
                 bucket = shape if args.stage > 1 else shape[:1]  # stage 1: the DiT sees the target
                 self.buckets[shape[0][0] > 1].setdefault(bucket, []).append(i)
-        self.orders = functools.lru_cache(maxsize=4)(self.order)
+        self.cached_order = functools.lru_cache(maxsize=4)(self.order)
+        self.reported = 0 if IS_FIRST else len(self.broken)  # all processes find the same so far
 
-    def report(self, silent=False):
-        """Names the broken pairs that have not been named yet, as long as they are few."""
-        for problem in list(self.broken.values())[self.reported : REPORTED]:
-            if not silent:
-                tqdm.write(f"train.py: left out: {problem}", file=sys.stderr)
-        self.reported = len(self.broken)
-
-    def summary(self):
-        images, clips = (sum(map(len, self.buckets[video].values())) for video in (False, True))
-        buckets = len(self.buckets[False]) + len(self.buckets[True])
-        broken = len(self.broken)
-        return f"{images} images and {clips} clips in {buckets} buckets; {broken} pairs are broken"
+    def add(self, where, folder, line):
+        try:
+            row = json.loads(line)
+            source, target = folder / row["source"], folder / row["target"]
+            references = [folder / path for path in row.get("references") or []]
+            if not isinstance(row["instruction"], str):
+                raise TypeError("the instruction is no text")
+            self.pairs.append(Pair(where, source, target, references, row["instruction"]))
+        except (
+            Exception
+        ) as error:  # whatever is wrong with one edit, here and below, the run goes on
+            reason = f"not an edit with source, target and instruction ({error!r})"
+            self.mark_broken(where, reason)
 
     def mark_broken(self, where, error):
-        reason = " ".join(str(error).split())
-        self.broken[where] = reason if reason.startswith(where) else f"{where}: {reason}"
+        self.broken[where] = f"{where}: {one_line(error)}"
+
+    def report(self):
+        """Names the broken pairs that have not been named yet, as long as they are few."""
+        for problem in list(self.broken.values())[self.reported : REPORTED]:
+            tqdm.write(f"train.py: left out: {problem}", file=sys.stderr)
+        self.reported = len(self.broken)
 
     def try_shape(self, pair):
         try:
             return self.shape(pair)
-        except Exception as error:  # whatever is wrong with one file, the run goes on
+        except Exception as error:
             self.mark_broken(pair.where, error)
 
     def shape(self, pair):
         """((frames, height, width) of source and target, (1, height, width) of each reference)."""
-        length, height, width, rate = self.sizes(pair.source)
-        target_length, target_height, target_width, target_rate = self.sizes(pair.target)
+        length, height, width, rate = self.size(pair.source)
+        target_length, target_height, target_width, target_rate = self.size(pair.target)
+        both = f"{pair.source} and {pair.target} are"
         if (length > 1) != (target_length > 1):
-            raise ValueError(f"one of {pair.source} and {pair.target} is an image, one a clip")
+            raise ValueError(f"{both} an image, one a clip")
         if abs(math.log(height / width * target_width / target_height)) > 0.1:
-            text = f"{pair.source} is {width}x{height}, {pair.target}"
-            raise ValueError(f"{text} {target_width}x{target_height}: another aspect")
+            sizes = f"{width}x{height} and {target_width}x{target_height}"
+            raise ValueError(f"{both} {sizes}: another aspect")
         length = min(length, target_length, self.args.frames)
         # Frames are paired by number: over the clip they may drift apart by half a frame.
         if rate and target_rate and abs(rate / target_rate - 1) * length > 0.5:
-            text = f"{pair.source} has {rate:.6g} frames per second and {pair.target}"
-            raise ValueError(f"{text} {target_rate:.6g}; they should have one rate")
+            rates = f"{rate:.6g} and {target_rate:.6g} frames per second"
+            raise ValueError(f"{both} {rates}; they should have one rate")
         frames = (length - 1) // self.stride * self.stride + 1
         if length > 1 and frames == 1:
             least = self.stride + 1
             raise ValueError(f"{pair.source} has {length} frames; a clip has {least} or more")
-        source = (frames, *self.working_size(height, width))
+        source = frames, *self.working_size(height, width)
         references = []
         for path in pair.references:
-            reference_frames, *size, _ = self.sizes(path)
+            reference_frames, height, width, _ = self.size(path)
             if reference_frames > 1:
                 raise ValueError(f"{path} is a clip; a reference is an image")
-            if not self.padded_references:
-                size = reference_size(*size, source[1] * source[2])
+            size = reference_size(height, width, source[1] * source[2])
             references.append((1, *(source[1:] if self.padded_references else size)))
         return source, *references
+
+    def size(self, path):
+        """(frames, height, width, rate) of a media file, remembered as long as it does not change."""
+        if not path.is_file() and not path.is_dir():
+            raise MediaError(f"{path} does not exist, or is no file and no folder")
+        stat = path.stat()
+        key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
+        if key not in self.sizes:
+            frames, height, width = media_shape(path)
+            is_video_file = frames > 1 and path.is_file()
+            rate = float(read_frames(path, limit=1).fps or 0) if is_video_file else 0.0
+            self.sizes[key] = frames, height, width, rate
+        return self.sizes[key]
 
     def working_size(self, height, width):
         """What a picture is scaled to: at most its own size, about --area, sides the models take.
@@ -457,11 +401,27 @@ class Pairs:
         """What `step` sees: (is_video, [[number of a pair]]), a list for each micro-batch."""
         video, steps_before = self.is_video(step)
         batch, size = self.batch_sizes(video)
-        count, chunks = batch // size, len(self.orders(video, 0))
+        count, chunks = batch // size, len(self.cached_order(video, 0))
         plan = []
         for i in range(steps_before * count, (steps_before + 1) * count):
-            plan.append(self.orders(video, i // chunks)[i % chunks])
+            plan.append(self.cached_order(video, i // chunks)[i % chunks])
         return video, plan
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def write_cache(file, content):
+    """Writes a file of a cache. Returns whether that was possible: a run can do without."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole(file) as partial:
+            partial.write_bytes(content)
+        return True
+    except OSError as error:
+        say(f"{file} could not be written ({error}); going on without the cache")
+        return False
 
 
 def read(path, shape):
@@ -471,8 +431,8 @@ def read(path, shape):
     """
     length, height, width = shape
     media = read_frames(path, limit=length, size=(width, height))
-    if len(media.frames) < length:
-        readable = len(media.frames)
+    readable = len(media.frames)
+    if readable < length:
         raise ValueError(f"{path} has {readable} readable frames, and {length} by its header")
     return media.frames[:length], float(media.fps or 16)
 
@@ -498,10 +458,9 @@ class Latents:
         self.vae_hash = hashlib.sha256(repr(vae.config).encode())
         for tensor in vae.encoder.state_dict().values():
             self.vae_hash.update(tensor.detach().float().cpu().numpy().tobytes())
-        if folder:  # what killed runs were writing
-            for file in [*folder.glob(".*"), *folder.glob("*/.*")]:
-                if file.is_file() and time.time() - file.stat().st_mtime > 86400:
-                    file.unlink(missing_ok=True)
+        for file in folder.rglob(".*") if folder else ():  # what killed runs were writing
+            if file.is_file() and time.time() - file.stat().st_mtime > 86400:
+                file.unlink(missing_ok=True)
 
     def look_up(self, path, shape, frames=None):
         """The Picture at `path`; `frames` if they are read already. Thread-safe: no VAE is used."""
@@ -528,13 +487,12 @@ class Latents:
         return torch.cat([picture.z.to(device) for picture in pictures]).float()
 
     def encode(self, picture):
-        video = to_video(picture.frames, like=self.vae.conv1.weight)  # (1, 3, T, H, W)
-        z = self.vae.encode(video)  # (1, 16, F, h, w)
+        z = self.vae.encode(to_video(picture.frames, like=self.vae.conv1.weight))
         if picture.file and self.folder:
             content = to_bytes({"z": z.cpu().contiguous()})
-            if not keep_file(picture.file, content):
+            if not write_cache(picture.file, content):
                 self.folder = None
-        return z
+        return z  # (1, 16, F, h, w)
 
 
 @dataclass
@@ -542,7 +500,6 @@ class Sample:
     """One edit, read and ready."""
 
     where: str
-    place: tuple  # (chunk, number in it) of its step
     seed: int  # of its noise and σ
     inputs: dict  # of the MLLM
     target: Picture
@@ -554,9 +511,9 @@ class Sample:
 class Loader:
     """Reads samples: of each chunk of a step those that fall to this process."""
 
-    def __init__(self, args, model, pairs, latents, processes):
-        self.args, self.model, self.pairs, self.latents = args, model, pairs, latents
-        self.rank, self.processes = processes.rank, processes.count
+    def __init__(self, args, model, pairs):
+        self.args, self.model, self.pairs = args, model, pairs
+        self.latents = Latents(model.vae, args.cache)
 
     def step(self, step):
         """What a step needs from disk: (is_video, [[Sample]]). No list is empty."""
@@ -564,22 +521,21 @@ class Loader:
         chunks = []
         for i, numbers in enumerate(plan):
             samples = []
-            for j in range(self.rank, len(numbers), self.processes):
-                seed = hash_of(self.args.seed, step, i, j)
-                samples.append(self.try_sample((i, j), numbers[j], seed))
+            for j in range(RANK, len(numbers), PROCESSES):
+                samples.append(self.try_sample(numbers[j], hash_of(self.args.seed, step, i, j)))
             chunks.append([sample for sample in samples if sample] or [self.blank()])
         return video, chunks
 
-    def try_sample(self, place, number, seed):
+    def try_sample(self, number, seed):
         """A pair as a Sample, or None if it is broken, which is noted."""
         pair, shape = self.pairs.pairs[number], self.pairs.shapes[number]
         dropped = np.random.default_rng(seed).random() < self.args.drop
         try:
-            return self.sample(pair, shape, "" if dropped else pair.instruction, place, seed)
-        except Exception as error:  # whatever is wrong with one file, the run goes on
+            return self.sample(pair, shape, "" if dropped else pair.instruction, seed)
+        except Exception as error:
             self.pairs.mark_broken(pair.where, error)
 
-    def sample(self, pair, shape, instruction, place=(0, 0), seed=0):
+    def sample(self, pair, shape, instruction, seed=0):
         frames, fps = read(pair.source, shape[0])  # (T, H, W, 3)
         images = [read_frames(path, limit=1).frames[0] for path in pair.references]
         images = [self.model.shown_reference(image, shape[0]) for image in images]
@@ -593,14 +549,14 @@ class Loader:
                 padded = pad(image[None], self.pairs.multiple, self.pairs.stride)
                 key = "reference", *image.shape[:2]
                 references.append(self.latents.look_up(path, key, padded))
-        return Sample(pair.where, place, seed, inputs, target, source, references)
+        return Sample(pair.where, seed, inputs, target, source, references)
 
     def blank(self):
         """A sample that teaches nothing: a process must take part where it has nothing to read."""
         frames = np.zeros((1, self.pairs.multiple, self.pairs.multiple, 3), np.uint8)
         picture, inputs = Picture(None, frames, None), self.model.prompt(frames, "")
         source = picture if self.args.stage > 1 else None
-        return Sample("", (0, 0), 0, inputs, picture, source, [], weight=0.0)
+        return Sample("", 0, inputs, picture, source, [], weight=0.0)
 
 
 def hash_of(*values):
@@ -666,16 +622,16 @@ def make_optimizers(parameters, args):
 
     Muon rounds its steps to bfloat16, so with it one process and several agree to 1e-4 only.
     """
-    matrices, groups = [], {}
+    matrices, others = [], defaultdict(list)
     for name, p in parameters.items():
         if args.muon_lr and name.startswith("dit.blocks.") and p.ndim == 2:
             matrices.append(p)
-            continue
-        # Decay would pull norms, biases, queries and modulation to zero.
-        decays = p.ndim > 1 and "queries" not in name and "modulation" not in name
-        kind = isinstance(p, DTensor), WEIGHT_DECAY if decays else 0.0
-        groups.setdefault(kind, []).append(p)  # FSDP's tensors and others cannot share a group
-    groups = [{"params": tensors, "weight_decay": decay} for (_, decay), tensors in groups.items()]
+        else:
+            # Decay would pull norms, biases, queries and modulation to zero.
+            decays = p.ndim > 1 and "queries" not in name and "modulation" not in name
+            decay = WEIGHT_DECAY if decays else 0.0
+            others[isinstance(p, DTensor), decay].append(p)  # FSDP's need a group of their own
+    groups = [{"params": tensors, "weight_decay": decay} for (_, decay), tensors in others.items()]
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=WEIGHT_DECAY))
@@ -692,12 +648,6 @@ def learning_rate(step, args, highest):
     if args.schedule == "cosine":
         return highest * ((1 + math.cos(math.pi * done)) / 2)
     return highest
-
-
-def set_learning_rates(optimizers, step, args):
-    for optimizer, highest in zip(optimizers, (args.lr, args.muon_lr)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args, highest)
 
 
 def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change_weight=0.0):
@@ -753,22 +703,25 @@ def autocast(device, args):
 
 def train(args, build, validate):
     """Runs a stage to its end, from its last checkpoint if there is one -> the result's folder."""
-    processes = Processes(args.device)
+    join_processes(args.device)
     model = build(args)
-    processes.shard(model)
+    shard(model, args.device)
     if args.gradient_checkpointing:
         recompute_blocks([*model.dit.blocks, *model.mllm.model.layers])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(parameters, args)
-    pairs = read_pairs(args, args.data, model, processes)
-    held_out = read_held_out(args, model, processes) if args.validate else []
-    loader = Loader(args, model, pairs, Latents(model.vae, args.cache), processes)
-    checkpoints = Checkpoints(args, parameters, optimizers, pairs.digest, processes)
+    pairs = read_pairs(args, args.data, model)
+    held_out = read_held_out(args, model) if args.validate else []
+    loader = Loader(args, model, pairs)
+    checkpoints = Checkpoints(args, parameters, optimizers, pairs.digest)
     first_step = checkpoints.resume()
     metrics = Metrics(args.out / "metrics.jsonl", first_step)
+    pairs.report()
+    images, clips = (sum(map(len, pairs.buckets[video].values())) for video in (False, True))
     weights = sum(p.numel() for p in parameters.values()) / 1e6
-    pairs.report(silent=not IS_FIRST)
-    say(f"{pairs.summary()}; {weights:.2f} M weights train")
+    say(
+        f"{images} images, {clips} clips, {len(pairs.broken)} broken; {weights:.2f} M weights train"
+    )
     if held_out and first_step == 0:
         metrics.write(timed_validation(validate, args, model, loader, held_out, 0))
 
@@ -780,31 +733,32 @@ def train(args, build, validate):
             waited = time.perf_counter() - began
 
             # The gradient of the mean loss over the samples of all processes.
-            count = sum(processes.gather(sum(s.weight for samples in chunks for s in samples)))
+            count = sum(gather(sum(s.weight for samples in chunks for s in samples)))
             results = []
             for samples in chunks:
                 losses = sample_losses(model, loader.latents, samples, video, args)  # (B,)
                 weights = torch.tensor([s.weight for s in samples], device=losses.device)
-                loss = (losses * weights).sum() * processes.count / max(1, count)
+                loss = (losses * weights).sum() * PROCESSES / max(1, count)
                 loss.backward()
                 results += zip(samples, losses.detach())
-            norm = clip_gradients(parameters, processes)
+            norm = clip_gradients(parameters.values())
 
             # One step of the optimizers. Where anything is not finite, nothing changes.
-            rows = [(s.place, loss.item(), s.where) for s, loss in results if s.weight]
-            rows = sorted(row for part in processes.gather(rows) for row in part)
-            loss = sum(loss for _, loss, _ in rows) / count if rows else math.nan
-            finite = all(map(math.isfinite, [loss, norm]))
-            set_learning_rates(optimizers, step, args)
-            if finite:
-                for optimizer in optimizers:
+            rows = [(loss.item(), sample.where) for sample, loss in results if sample.weight]
+            rows = [row for rows_of_process in gather(rows) for row in rows_of_process]
+            loss = sum(loss for loss, _ in rows) / count if rows else math.nan
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            for optimizer, highest in zip(optimizers, (args.lr, args.muon_lr)):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, args, highest)
+                if finite:
                     optimizer.step()
             model.zero_grad()
 
             # A line of the log.
             row = dict(step=step, video=video, samples=len(rows), loss=loss if rows else None)
             row |= dict(gradient=norm, lr=learning_rate(step, args, args.lr), used=finite)
-            row |= dict(broken=len(pairs.broken), memory=memory(processes.device))
+            row |= dict(broken=len(pairs.broken), memory=peak_memory(args.device))
             seconds = time.perf_counter() - began
             metrics.write(row | {"seconds": round(seconds, 3), "waited": round(waited, 3)})
             bar.set_postfix(loss=loss, gradient=norm, refresh=False)
@@ -815,12 +769,12 @@ def train(args, build, validate):
 
             # Now and then a validation and a checkpoint.
             done = step + 1
-            is_last, stopping = done == args.steps, processes.any(signals)
+            is_last, stopping = done == args.steps, any(gather(bool(signals)))
             if held_out and (is_last or done % args.validate_every == 0):
                 metrics.write(timed_validation(validate, args, model, loader, held_out, done))
             is_due = is_last or stopping or done % args.save_every == 0
             is_overdue = time.monotonic() - checkpoints.saved > 60 * SAVE_MINUTES
-            if processes.any(is_due or is_overdue):
+            if any(gather(is_due or is_overdue)):
                 checkpoints.save(done)
                 metrics.draw()
                 say(f"step {done} of {args.steps}: loss {loss:.4f}, checkpoint written")
@@ -829,22 +783,24 @@ def train(args, build, validate):
                 sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
             began = time.perf_counter()
 
-    result = export(args, model, processes)
-    processes.close()
+    result = export(args, model)
+    if PROCESSES > 1:
+        dist.barrier()  # a process that exits early breaks the others' connections
+        dist.destroy_process_group()
     return result
 
 
-def clip_gradients(parameters, processes):
-    """Scales all gradients down to a norm of CLIP_NORM together. Returns the norm before."""
-    processes.average_gradients(parameters.values())
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    squares = 0.0
-    for is_sharded in (False, True):
-        group = [g for g in gradients if isinstance(g, DTensor) == is_sharded]
-        if group:
-            norm = torch.nn.utils.get_total_norm(group)
-            squares += float(norm.full_tensor() if is_sharded else norm) ** 2
-    norm = math.sqrt(squares)
+def clip_gradients(parameters):
+    """Means of gradients over all processes, together of norm CLIP_NORM at most -> norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if PROCESSES > 1:  # FSDP has averaged those that it has sharded
+        for gradient in whole:
+            dist.all_reduce(gradient.div_(PROCESSES))
+    norm = float(get_total_norm(whole))
+    if sharded:
+        norm = math.hypot(norm, float(get_total_norm(sharded).full_tensor()))
     if math.isfinite(norm) and norm > CLIP_NORM:
         for gradient in gradients:
             gradient.mul_(CLIP_NORM / norm)
@@ -865,18 +821,18 @@ def validate(args, model, loader, held_out, step):
 
     Writes OUT/validation/step-N.png: source, result and target of the first edits.
     """
-    losses = {}
+    losses, rows = defaultdict(list), []
     for i, (pair, shape) in enumerate(held_out[:HELD_OUT]):
         video = shape[0][0] > 1
         sample = loader.sample(pair, shape, pair.instruction)
         samples = [replace(sample, seed=hash_of(args.seed, i, draw)) for draw in range(DRAWS)]
         values = sample_losses(model, loader.latents, samples, video, args)  # (DRAWS,)
-        losses.setdefault("clips" if video else "images", []).extend(values.tolist())
-    rows = []
-    for pair, shape in held_out[:RENDERED]:
-        source, target = (read(path, shape[0])[0] for path in (pair.source, pair.target))
-        result = render(args, model, loader, pair, shape)
-        rows.append((pair.instruction, source, result, target))
+        losses["clips" if video else "images"] += values.tolist()
+        if i < RENDERED:
+            source, target = (read(path, shape[0])[0] for path in (pair.source, pair.target))
+            rows.append(
+                (pair.instruction, source, render(args, model, loader, pair, shape), target)
+            )
     if IS_FIRST:
         file = args.out / "validation" / f"step-{step:07d}.png"
         file.parent.mkdir(exist_ok=True)
@@ -897,23 +853,23 @@ def render(args, model, loader, pair, shape):
     return np.concatenate(list(model.decode(z, (*shape[0], 3))))  # (T, H, W, 3)
 
 
-def read_pairs(args, files, model, processes):
+def read_pairs(args, files, model):
     """The edits of data files. The first process looks up sizes, the others find what it wrote."""
     if not IS_FIRST:
-        processes.wait()
+        dist.barrier()
     stride, padded = model.vae.temporal_stride, model.config.reference_padded
     pairs = Pairs(args, files, model.multiple(), stride, padded)
-    if IS_FIRST:
-        processes.wait()
+    if IS_FIRST and PROCESSES > 1:
+        dist.barrier()
     if not any(pairs.buckets.values()):
         reason = next(iter(pairs.broken.values()), f"stage {args.stage} takes images alone")
         raise ValueError(f"no usable edit in {', '.join(map(str, files))}: {reason}")
     return pairs
 
 
-def read_held_out(args, model, processes):
+def read_held_out(args, model):
     """[(pair, shape)] of --validate that the stage can use. Raises ValueError for a broken one."""
-    pairs = read_pairs(args, [args.validate], model, processes)
+    pairs = read_pairs(args, [args.validate], model)
     if pairs.broken:
         raise ValueError(f"--validate: {next(iter(pairs.broken.values()))}")
     edits = zip(pairs.pairs, pairs.shapes)
@@ -931,7 +887,7 @@ def say(text):
 
 def complain(step, loss, norm, rows, pairs, bad_steps):
     """Says why a step changed nothing. Raises TrainingError when there were PATIENCE in a row."""
-    reason = f"loss {loss}, gradient {norm}; its batch: {', '.join(where for _, _, where in rows)}"
+    reason = f"loss {loss}, gradient {norm}; its batch: {', '.join(where for _, where in rows)}"
     if not rows:
         broken = next(iter(pairs.broken.values()), "by other processes")
         reason = f"no sample could be read ({broken})"
@@ -939,6 +895,14 @@ def complain(step, loss, norm, rows, pairs, bad_steps):
         text = f"{PATIENCE} unusable steps in a row, the last is step {step}"
         raise TrainingError(f"{text}: {reason}")
     say(f"step {step} skipped: {reason}")
+
+
+def peak_memory(device):
+    """Peak GB so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 class Metrics:
@@ -968,31 +932,22 @@ class Metrics:
 
     def draw(self):
         """Draws the losses of training and of held-out edits, gradient and learning rate."""
-        losses, gradients, rates = {"images": [], "clips": []}, [], []
+        if not IS_FIRST:
+            return
+        steps = [row for row in self.rows if "loss" in row]
+        losses = defaultdict(list)
+        for row in steps:
+            losses["clips" if row["video"] else "images"].append((row["step"], row["loss"]))
         for row in self.rows:
-            step = row["step"]
             for name, loss in row.get("held_out", {}).items():
-                losses.setdefault(f"held-out {name}", []).append((step, loss))
-            if "loss" in row:
-                losses["clips" if row["video"] else "images"].append((step, row["loss"]))
-                gradients.append((step, row["gradient"]))
-                rates.append((step, row["lr"]))
-        if IS_FIRST:
-            page = Image.new("RGB", (1200, 800), "white")
-            draw = ImageDraw.Draw(page)
-            panel(draw, (0, 0), "loss", losses, width=1200)
-            panel(draw, (0, 400), "norm of the gradient", {"": gradients})
-            panel(draw, (600, 400), "learning rate", {"": rates})
-            with whole(self.file.with_name("curves.png")) as partial:
-                page.save(partial, format="PNG")
-
-
-def memory(device):
-    """Peak GB so far: of the GPU, else of this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+                losses[f"held-out {name}"].append((row["step"], loss))
+        page = Image.new("RGB", (1200, 800), "white")
+        draw = ImageDraw.Draw(page)
+        panel(draw, (0, 0), "loss", losses, width=1200)
+        for x, name, key in ((0, "norm of the gradient", "gradient"), (600, "learning rate", "lr")):
+            panel(draw, (x, 400), name, {"": [(row["step"], row[key]) for row in steps]})
+        with whole(self.file.with_name("curves.png")) as partial:
+            page.save(partial, format="PNG")
 
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
@@ -1003,35 +958,30 @@ def panel(draw, corner, title, curves, width=600, height=400, points=150, floor=
 
     The y axis starts at `floor`, or lower where a curve does; None starts at the lowest curve.
     """
-    left, right = corner[0] + 70, corner[0] + width - 20
-    top, bottom = corner[1] + 40, corner[1] + height - 40
     lines = {}
     for name, curve in curves.items():
-        known = [(x, y) for x, y in curve if y is not None and math.isfinite(y)]
-        pieces = np.array_split(np.array(known, float), min(points, len(known))) if known else []
-        lines[name] = [piece.mean(axis=0) for piece in pieces]
-    everything = np.array([point for line in lines.values() for point in line])
-    if not len(everything):
+        finite = np.array([(x, y) for x, y in curve if y is not None and math.isfinite(y)])
+        if len(finite):
+            pieces = np.array_split(finite, min(points, len(finite)))
+            lines[name] = np.array([piece.mean(axis=0) for piece in pieces])
+    if not lines:
         return
-    (x0, y0), (x1, y1) = everything.min(axis=0), everything.max(axis=0)
-    y0 = y0 if floor is None else min(floor, y0)
-    x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1e-12)
-    draw.text((left, corner[1] + 12), title, "black", font_size=16)
-    for i in range(5):
-        y = bottom - i * (bottom - top) / 4
-        x = left + i * (right - left) / 4
-        draw.line((left, y, right, y), "#dddddd")
-        text = f"{y0 + i * (y1 - y0) / 4:.3g}"
-        draw.text((left - 8, y), text, "black", anchor="rm", font_size=12)
-        text = f"{x0 + i * (x1 - x0) / 4:.0f}"
-        draw.text((x, bottom + 8), text, "black", anchor="mt", font_size=12)
-    drawn = [(name, line) for name, line in lines.items() if line]
-    for i, (name, line) in enumerate(drawn):
-        points_on_page = []
-        for x, y in line:
-            across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
-            points_on_page.append((left + across * (right - left), bottom - up * (bottom - top)))
-        draw.line(points_on_page, COLORS[i], 2)
+    everything = np.concatenate(list(lines.values()))
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    low[1] = low[1] if floor is None else min(floor, low[1])
+    high = np.maximum(high, low + (1, 1e-12))
+    origin = np.array((corner[0] + 70, corner[1] + height - 40))
+    extent = np.array((width - 90, 80 - height))  # y points down
+    draw.text((origin[0], corner[1] + 12), title, "black", font_size=16)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        (x, y), value = origin + share * extent, low + share * (high - low)
+        draw.line((origin[0], y, origin[0] + extent[0], y), "#dddddd")
+        draw.text((origin[0] - 8, y), f"{value[1]:.3g}", "black", anchor="rm", font_size=12)
+        draw.text((x, origin[1] + 8), f"{value[0]:.0f}", "black", anchor="mt", font_size=12)
+    right, top = origin + extent
+    for i, (name, line) in enumerate(lines.items()):
+        on_page = origin + (line - low) / (high - low) * extent
+        draw.line(on_page.flatten().tolist(), COLORS[i], 2)
         draw.text((right, top + 4 + 16 * i), name, COLORS[i], anchor="rt", font_size=13)
 
 
@@ -1046,11 +996,9 @@ def sheet(rows, side=128):
     for i, (instruction, *clips) in enumerate(rows):
         top = i * (side + 20)
         draw.text((4, top + 4), instruction, "black", font_size=11)
-        x = 0
-        for clip in clips:
-            for j in sorted({0, len(clip) // 2, len(clip) - 1}):
-                page.paste(Image.fromarray(clip[j]).resize((side, side)), (x, top + 20))
-                x += side
+        frames = [clip[j] for clip in clips for j in sorted({0, len(clip) // 2, len(clip) - 1})]
+        for j, frame in enumerate(frames):
+            page.paste(Image.fromarray(frame).resize((side, side)), (j * side, top + 20))
     return page
 
 
@@ -1063,10 +1011,9 @@ class Checkpoints:
     Each process writes its part as safetensors; any number of processes can go on from them.
     """
 
-    def __init__(self, args, parameters, optimizers, data_digest, processes):
+    def __init__(self, args, parameters, optimizers, data_digest):
         self.args, self.parameters, self.optimizers = args, parameters, optimizers
-        self.data_digest, self.processes = data_digest, processes
-        self.saved = time.monotonic()
+        self.data_digest, self.saved = data_digest, time.monotonic()
         # DCP warns when it runs in one process, FSDP of views that nobody changes in place.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -1077,7 +1024,7 @@ class Checkpoints:
         for name, p in self.parameters.items():
             for optimizer in self.optimizers:
                 memories = optimizer.state[p] if p in optimizer.state else {}
-                tensors |= {f"{kind} {name}": value for kind, value in memories.items()}
+                tensors |= {f"{key} {name}": value for key, value in memories.items()}
         return tensors
 
     def save(self, step):
@@ -1088,9 +1035,10 @@ class Checkpoints:
             if IS_FIRST:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            self.processes.wait()
+            if PROCESSES > 1:
+                dist.barrier()
             writer = HuggingFaceStorageWriter(partial, save_distributed=True)
-            dcp.save(self.state(), storage_writer=writer, no_dist=self.processes.count == 1)
+            dcp.save(self.state(), storage_writer=writer, no_dist=PROCESSES == 1)
             if IS_FIRST:
                 state = {"step": step, "settings": lasting(self.args), "data": self.data_digest}
                 (partial / "state.json").write_text(json.dumps(state, indent=2))
@@ -1101,9 +1049,8 @@ class Checkpoints:
                     shutil.rmtree(folder)
         except (Exception, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            reason = " ".join(str(error).split())[-300:]
-            text = f"checkpoint {final} could not be written, the one before is whole ({reason})"
-            raise TrainingError(text) from None
+            text = f"checkpoint {final} could not be written, the one before is whole"
+            raise TrainingError(f"{text} ({one_line(error)[-300:]})") from None
         self.saved = time.monotonic()
 
     def resume(self):
@@ -1115,16 +1062,15 @@ class Checkpoints:
         for folder in reversed(folders):
             try:
                 state = json.loads((folder / "state.json").read_text())
-                step, settings_then = state["step"], state["settings"]
+                step, before = state["step"], state["settings"]
                 changes = []
                 for name, value in lasting(self.args).items():
-                    if settings_then.get(name) != value:
-                        changes.append(f"{name} was {settings_then.get(name)} and is {value}")
+                    if before.get(name) != value:
+                        changes.append(f"{name} was {before.get(name)} and is {value}")
                 if not changes:
                     self.load(folder)
             except (Exception, CheckpointException) as error:
-                reason = " ".join(str(error).split())[-200:]
-                say(f"{folder} is damaged ({reason}); looking for one before it")
+                say(f"{folder} is damaged ({one_line(error)[-200:]}); looking for one before it")
                 continue
             if changes:
                 text = f"{folder} was made with other settings: {'; '.join(changes)}"
@@ -1143,13 +1089,13 @@ class Checkpoints:
             optimizer.state.clear()
             owners |= {p: optimizer for group in optimizer.param_groups for p in group["params"]}
         reader = HuggingFaceStorageReader(folder)
-        for key in reader.read_metadata().state_dict_metadata:
-            kind, _, name = key.rpartition(" ")
-            if kind:  # a memory of an optimizer: there is none before the first gradient
+        for entry in reader.read_metadata().state_dict_metadata:
+            key, _, name = entry.rpartition(" ")
+            if key:  # a memory of an optimizer: there is none before the first gradient
                 p = self.parameters[name]
-                like = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p)
-                owners[p].state[p][kind] = like.detach()
-        dcp.load(self.state(), storage_reader=reader, no_dist=self.processes.count == 1)
+                like = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                owners[p].state[p][key] = like.detach()
+        dcp.load(self.state(), storage_reader=reader, no_dist=PROCESSES == 1)
 
 
 def lasting(args):
@@ -1166,33 +1112,33 @@ def list_checkpoints(out):
     return sorted(folder for folder in folders if re.fullmatch(r"step-\d{7}", folder.name))
 
 
-def export(args, model, processes):
+def export(args, model):
     """Writes OUT/instructx, with LoRA of the DiT merged -> its path. The model is spent then."""
     final = args.out / "instructx"
     partial, old = final.with_suffix(".partial"), final.with_suffix(".old")
-    places = locate(args.weights, args.start)
-    is_own_dit = args.stage > 1 or places["dit"].parent == places.get("instructx")
-    tensors = {}
-    if processes.count > 1:  # the first process gets the whole DiT
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        tensors = get_model_state_dict(model.dit, options=options)
-    if IS_FIRST:
-        for name, tensor in tensors.items():
+    for name, tensor in model.dit.state_dict().items():
+        if isinstance(tensor, DTensor):
             module, _, leaf = name.rpartition(".")
-            setattr(model.dit.get_submodule(module), leaf, nn.Parameter(tensor))
-        for name, layer in lora_layers(model.dit):
-            model.dit.set_submodule(name, layer.merged())
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            model.save_pretrained(partial, dit=is_own_dit)
-        except Exception as error:  # safetensors has an error of its own
-            raise TrainingError(f"{final} could not be written ({error})") from None
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-        (list_checkpoints(args.out)[-1] / "exported").touch()
+            tensor = nn.Parameter(tensor.full_tensor().cpu())  # of all processes, for the first
+            if IS_FIRST:
+                setattr(model.dit.get_submodule(module), leaf, tensor)
+    if not IS_FIRST:
+        return final
+    for name, layer in lora_layers(model.dit):
+        model.dit.set_submodule(name, layer.merged())
+    folders = locate(args.weights, args.start)
+    is_own_dit = args.stage > 1 or folders["dit"].parent == folders.get("instructx")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, dit=is_own_dit)
+    except Exception as error:  # safetensors has an error of its own
+        raise TrainingError(f"{final} could not be written ({error})") from None
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    (list_checkpoints(args.out)[-1] / "exported").touch()
     return final
 
 
@@ -1208,67 +1154,40 @@ def finished(args):
             return result
 
 
-# Processes, signals, and the command line.
+# Processes of torchrun, signals, and the command line. One process alone joins nothing.
 
 
-class Processes:
-    """The processes of one run under torchrun, or this one alone.
+def join_processes(device):
+    if PROCESSES > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    elif PROCESSES > 1:
+        dist.init_process_group("gloo")
 
-    The DiT is sharded with FSDP2, block by block. MLLM and connector are small against it: each
-    process has them whole, and their gradients are averaged here.
+
+def shard(model, device):
+    """Moves a model to the device, the DiT in shards of FSDP2, block by block.
+
+    MLLM and connector are small against it: each process has them whole.
     """
+    if PROCESSES > 1:
+        mesh = init_device_mesh(device.type, (PROCESSES,))
+        for module in (*model.dit.blocks, model.dit):
+            fully_shard(module, mesh=mesh)
+        for method in ("condition", "denoise"):  # InstructX.sample calls these, not forward
+            register_fsdp_forward_method(model.dit, method)
+    else:
+        model.dit.to(device)
+    for module in (model.mllm, model.connector, model.vae):
+        module.to(device)
 
-    def __init__(self, device):
-        self.count, self.rank, self.device = PROCESSES, RANK, torch.device(device)
-        if self.count > 1 and self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            dist.init_process_group("cpu:gloo,cuda:nccl")
-        elif self.count > 1:
-            dist.init_process_group("gloo")
 
-    def shard(self, model):
-        """Shards the DiT of a model that lies on the CPU, and moves all else to the device."""
-        if self.count > 1:
-            mesh = init_device_mesh(self.device.type, (self.count,))
-            for module in (*model.dit.blocks, model.dit):
-                fully_shard(module, mesh=mesh)
-            for method in ("condition", "denoise"):  # InstructX.sample calls these, not forward
-                register_fsdp_forward_method(model.dit, method)
-        else:
-            model.dit.to(self.device)
-        for module in (model.mllm, model.connector, model.vae):
-            module.to(self.device)
-
-    def average_gradients(self, parameters):
-        """Means over all processes of the gradients that FSDP leaves alone, in one message."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        if self.count > 1 and gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients]) / self.count
-            dist.all_reduce(flat)
-            sizes = [gradient.numel() for gradient in gradients]
-            for gradient, average in zip(gradients, flat.split(sizes)):
-                gradient.copy_(average.view_as(gradient))
-
-    def gather(self, value):
-        """[value of each process], in order."""
-        values = [value] * self.count
-        if self.count > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def any(self, value):
-        return any(self.gather(bool(value)))
-
-    def wait(self):
-        if self.count > 1:
-            dist.barrier()
-
-    def close(self):
-        """Waits for all: a process that exits early breaks the others' connections."""
-        self.wait()
-        if self.count > 1:
-            dist.destroy_process_group()
+def gather(value):
+    """[value of each process], in order."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
@@ -1322,7 +1241,7 @@ def main(arguments=None, build=build_model, validate=validate):
     except torch.OutOfMemoryError:
         problem = "out of memory; try --gradient-checkpointing, a smaller --micro-batch, --dit-lora"
     except (ValueError, OSError, TrainingError) as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
     print(f"train.py: error: {problem}", file=sys.stderr)
     return 2
 
