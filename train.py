@@ -73,6 +73,7 @@ def settings(arguments=None):
     parser = Parser(prog="train.py", description=__doc__, formatter_class=help_format)
     count, share = number(int, 1, 10**9), number(float, 0, 1)
     rate, shift = number(float, 0, 1e9), number(float, 0.01, 100)
+    schedules, distributions = ("constant", "linear", "cosine"), ("logit-normal", "uniform")
     file, folder = {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "DIR"}
 
     def add(name, help, default=None, type=None, **more):
@@ -93,16 +94,14 @@ def settings(arguments=None):
     group = parser.add_argument_group("stage and objective")
     add("--stage", "what trains on which data", type=int, choices=(1, 2, 3), required=True)
     add("--start", "instructx/ of the stage before (default: that of --weights, if any)", **folder)
-    text = "such as lora_rank=16 of a fresh start, steps=20 of sampling (connector.py)"
-    add("--config", text, nargs="+", metavar="KEY=VALUE")
+    add("--config", "of InstructXConfig, such as lora_rank=16", nargs="+", metavar="KEY=VALUE")
     add("--drop", "probability of an empty instruction, for guidance", 0.1, share)
-    distributions = ("logit-normal", "uniform")
     add("--sigma", "distribution of σ before it is shifted", "logit-normal", choices=distributions)
     add("--image-shift", "shift of σ for images", 3.0, shift)
     add("--video-shift", "shift of σ for clips", 5.0, shift)
     add("--change-weight", "extra weight where an edit changes its source; 0: none", 0.0, rate)
-    text = "rank of LoRA that trains in place of the DiT and is merged in the end; 0: no LoRA"
-    add("--dit-lora", text, 0, number(int, 0, 10**4))
+    rank = number(int, 0, 10**4)
+    add("--dit-lora", "rank of LoRA that trains in place of the DiT's weights; 0: none", 0, rank)
 
     group = parser.add_argument_group("optimizer")
     add("--steps", "of the optimizer (default: the paper's 20000, 20000, 5000)", type=count)
@@ -110,19 +109,14 @@ def settings(arguments=None):
     add("--video-batch", "clips per step; paper: 32", 4, count)
     add("--micro-batch", "at most so many samples at once, over all processes", 8, count)
     add("--lr", "learning rate; paper: 1e-5 for the 14B; try 1e-3 for weights/shapes", 1e-5, rate)
-    text = (
-        "of Muon for the matrices of the DiT's blocks, about 20 times --lr; 0: AdamW as elsewhere"
-    )
-    add("--muon-lr", text, 0.0, rate)
+    add("--muon-lr", "of Muon for the DiT's matrices, about 20 times --lr; 0: AdamW", 0.0, rate)
     add("--warmup", "steps until the learning rate is reached", 100, number(int, 0, 10**9))
-    schedules = ("constant", "linear", "cosine")
     add("--schedule", "of the learning rate after that", "constant", choices=schedules)
 
     group = parser.add_argument_group("run")
     add("--weights", "with mllm/, dit/, vae/", required=True, **folder)
     add("--out", "for all results; the same command goes on there", required=True, **folder)
-    text = f"steps between checkpoints; one every {SAVE_MINUTES} minutes comes on top"
-    add("--save-every", text, 500, count)
+    add("--save-every", f"steps between checkpoints, at most {SAVE_MINUTES} minutes", 500, count)
     add("--seed", "of data order, noise, σ and dropped instructions", 0, number(int, 0, 2**62))
     add("--device", "such as cpu or cuda (default: cuda where there is one)", metavar="NAME")
     text = "of matrix products and frozen weights (default: bfloat16 on CUDA, else float32)"
@@ -289,9 +283,7 @@ class Pairs:
             if not isinstance(row["instruction"], str):
                 raise TypeError("the instruction is no text")
             self.pairs.append(Pair(where, source, target, references, row["instruction"]))
-        except (
-            Exception
-        ) as error:  # whatever is wrong with one edit, here and below, the run goes on
+        except Exception as error:  # one bad edit of a million, here and below, ends no run
             reason = f"not an edit with source, target and instruction ({error!r})"
             self.mark_broken(where, reason)
 
@@ -314,21 +306,20 @@ class Pairs:
         """((frames, height, width) of source and target, (1, height, width) of each reference)."""
         length, height, width, rate = self.size(pair.source)
         target_length, target_height, target_width, target_rate = self.size(pair.target)
-        both = f"{pair.source} and {pair.target} are"
+        both = f"{pair.source} and {pair.target}"
         if (length > 1) != (target_length > 1):
-            raise ValueError(f"{both} an image, one a clip")
+            raise ValueError(f"{both}: one is an image, one a clip")
         if abs(math.log(height / width * target_width / target_height)) > 0.1:
-            sizes = f"{width}x{height} and {target_width}x{target_height}"
-            raise ValueError(f"{both} {sizes}: another aspect")
+            text = f"{width}x{height} and {target_width}x{target_height}: another aspect"
+            raise ValueError(f"{both} are {text}")
         length = min(length, target_length, self.args.frames)
         # Frames are paired by number: over the clip they may drift apart by half a frame.
         if rate and target_rate and abs(rate / target_rate - 1) * length > 0.5:
-            rates = f"{rate:.6g} and {target_rate:.6g} frames per second"
-            raise ValueError(f"{both} {rates}; they should have one rate")
+            text = f"{rate:.6g} and {target_rate:.6g} frames per second, not one rate"
+            raise ValueError(f"{both} have {text}")
         frames = (length - 1) // self.stride * self.stride + 1
         if length > 1 and frames == 1:
-            least = self.stride + 1
-            raise ValueError(f"{pair.source} has {length} frames; a clip has {least} or more")
+            raise ValueError(f"{both} share {length} frames; a clip has {self.stride + 1} or more")
         source = frames, *self.working_size(height, width)
         references = []
         for path in pair.references:
@@ -340,7 +331,7 @@ class Pairs:
         return source, *references
 
     def size(self, path):
-        """(frames, height, width, rate) of a media file, remembered as long as it does not change."""
+        """(frames, height, width, rate) of a media file, remembered until the file changes."""
         if not path.is_file() and not path.is_dir():
             raise MediaError(f"{path} does not exist, or is no file and no folder")
         stat = path.stat()
@@ -703,9 +694,8 @@ def autocast(device, args):
 
 def train(args, build, validate):
     """Runs a stage to its end, from its last checkpoint if there is one -> the result's folder."""
-    join_processes(args.device)
     model = build(args)
-    shard(model, args.device)
+    distribute(model, args.device)
     if args.gradient_checkpointing:
         recompute_blocks([*model.dit.blocks, *model.mllm.model.layers])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -719,9 +709,8 @@ def train(args, build, validate):
     pairs.report()
     images, clips = (sum(map(len, pairs.buckets[video].values())) for video in (False, True))
     weights = sum(p.numel() for p in parameters.values()) / 1e6
-    say(
-        f"{images} images, {clips} clips, {len(pairs.broken)} broken; {weights:.2f} M weights train"
-    )
+    broken = len(pairs.broken)
+    say(f"{images} images and {clips} clips, {broken} broken; {weights:.2f} M weights train")
     if held_out and first_step == 0:
         metrics.write(timed_validation(validate, args, model, loader, held_out, 0))
 
@@ -784,8 +773,8 @@ def train(args, build, validate):
             began = time.perf_counter()
 
     result = export(args, model)
+    gather(None)  # a process that exits early breaks the others' connections
     if PROCESSES > 1:
-        dist.barrier()  # a process that exits early breaks the others' connections
         dist.destroy_process_group()
     return result
 
@@ -830,9 +819,8 @@ def validate(args, model, loader, held_out, step):
         losses["clips" if video else "images"] += values.tolist()
         if i < RENDERED:
             source, target = (read(path, shape[0])[0] for path in (pair.source, pair.target))
-            rows.append(
-                (pair.instruction, source, render(args, model, loader, pair, shape), target)
-            )
+            result = render(args, model, loader, pair, shape)
+            rows.append((pair.instruction, source, result, target))
     if IS_FIRST:
         file = args.out / "validation" / f"step-{step:07d}.png"
         file.parent.mkdir(exist_ok=True)
@@ -856,11 +844,11 @@ def render(args, model, loader, pair, shape):
 def read_pairs(args, files, model):
     """The edits of data files. The first process looks up sizes, the others find what it wrote."""
     if not IS_FIRST:
-        dist.barrier()
+        gather(None)  # waits
     stride, padded = model.vae.temporal_stride, model.config.reference_padded
     pairs = Pairs(args, files, model.multiple(), stride, padded)
-    if IS_FIRST and PROCESSES > 1:
-        dist.barrier()
+    if IS_FIRST:
+        gather(None)
     if not any(pairs.buckets.values()):
         reason = next(iter(pairs.broken.values()), f"stage {args.stage} takes images alone")
         raise ValueError(f"no usable edit in {', '.join(map(str, files))}: {reason}")
@@ -1035,8 +1023,7 @@ class Checkpoints:
             if IS_FIRST:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            if PROCESSES > 1:
-                dist.barrier()
+            gather(None)  # waits for the folder
             writer = HuggingFaceStorageWriter(partial, save_distributed=True)
             dcp.save(self.state(), storage_writer=writer, no_dist=PROCESSES == 1)
             if IS_FIRST:
@@ -1062,17 +1049,15 @@ class Checkpoints:
         for folder in reversed(folders):
             try:
                 state = json.loads((folder / "state.json").read_text())
-                step, before = state["step"], state["settings"]
-                changes = []
-                for name, value in lasting(self.args).items():
-                    if before.get(name) != value:
-                        changes.append(f"{name} was {before.get(name)} and is {value}")
-                if not changes:
+                step, before, now = state["step"], state["settings"], lasting(self.args)
+                changed = [name for name in now if before.get(name) != now[name]]
+                if not changed:
                     self.load(folder)
             except (Exception, CheckpointException) as error:
                 say(f"{folder} is damaged ({one_line(error)[-200:]}); looking for one before it")
                 continue
-            if changes:
+            if changed:
+                changes = (f"{name} was {before.get(name)} and is {now[name]}" for name in changed)
                 text = f"{folder} was made with other settings: {'; '.join(changes)}"
                 raise ValueError(f"{text}; or take another --out")
             say(f"going on at step {step}, from {folder}")
@@ -1132,45 +1117,37 @@ def export(args, model):
     shutil.rmtree(old, ignore_errors=True)
     try:
         model.save_pretrained(partial, dit=is_own_dit)
+        shutil.copy(list_checkpoints(args.out)[-1] / "state.json", partial / "training.json")
     except Exception as error:  # safetensors has an error of its own
         raise TrainingError(f"{final} could not be written ({error})") from None
     if final.exists():
         final.rename(old)
     partial.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-    (list_checkpoints(args.out)[-1] / "exported").touch()
     return final
 
 
 def finished(args):
     """The result's folder if this very run is complete, else None."""
-    result, folders = args.out / "instructx", list_checkpoints(args.out)
-    if not folders or not (folders[-1] / "exported").exists() or not result.is_dir():
-        return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        state = json.loads((folders[-1] / "state.json").read_text())
+        state = json.loads((args.out / "instructx" / "training.json").read_text())
         if state["settings"] == lasting(args) and state["step"] >= args.steps:
             say(f"{args.out} is finished after {state['step']} steps; nothing is left to do")
-            return result
+            return args.out / "instructx"
 
 
 # Processes of torchrun, signals, and the command line. One process alone joins nothing.
 
 
-def join_processes(device):
-    if PROCESSES > 1 and device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    elif PROCESSES > 1:
-        dist.init_process_group("gloo")
-
-
-def shard(model, device):
-    """Moves a model to the device, the DiT in shards of FSDP2, block by block.
+def distribute(model, device):
+    """Joins the processes and moves the model to the device, the DiT in shards of FSDP2.
 
     MLLM and connector are small against it: each process has them whole.
     """
     if PROCESSES > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         mesh = init_device_mesh(device.type, (PROCESSES,))
         for module in (*model.dit.blocks, model.dit):
             fully_shard(module, mesh=mesh)
@@ -1195,17 +1172,15 @@ def stop_signals():
     """Gives a list to which Ctrl-C and SIGTERM add their number; a second Ctrl-C interrupts."""
     received = []
 
-    def receive(signal_number, frame):
-        if signal_number == signal.SIGINT and signal.SIGINT in received:
+    def receive(number, frame):
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
-        received.append(signal_number)
+        received.append(number)
 
-    handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, receive))
         yield received
-    finally:
-        for signal_number, handler in handlers.items():
-            signal.signal(signal_number, handler)
 
 
 @contextlib.contextmanager
