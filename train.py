@@ -94,12 +94,12 @@ def settings(arguments=None):
     group = parser.add_argument_group("stage and objective")
     add("--stage", "what trains on which data", type=int, choices=(1, 2, 3), required=True)
     add("--start", "instructx/ of the stage before (default: that of --weights, if any)", **folder)
-    add("--config", "of InstructXConfig, such as lora_rank=16", nargs="+", metavar="KEY=VALUE")
+    add("--config", "fields of InstructXConfig, such as steps=20", nargs="+", metavar="KEY=VALUE")
     add("--drop", "probability of an empty instruction, for guidance", 0.1, share)
     add("--sigma", "distribution of σ before it is shifted", "logit-normal", choices=distributions)
     add("--image-shift", "shift of σ for images", 3.0, shift)
     add("--video-shift", "shift of σ for clips", 5.0, shift)
-    add("--change-weight", "extra weight where an edit changes its source; 0: none", 0.0, rate)
+    add("--change-weight", "extra weight of the loss where source and target differ", 0.0, rate)
     rank = number(int, 0, 10**4)
     add("--dit-lora", "rank of LoRA that trains in place of the DiT's weights; 0: none", 0, rank)
 
@@ -116,7 +116,7 @@ def settings(arguments=None):
     group = parser.add_argument_group("run")
     add("--weights", "with mllm/, dit/, vae/", required=True, **folder)
     add("--out", "for all results; the same command goes on there", required=True, **folder)
-    add("--save-every", f"steps between checkpoints, at most {SAVE_MINUTES} minutes", 500, count)
+    add("--save-every", f"steps between checkpoints, or {SAVE_MINUTES} minutes", 500, count)
     add("--seed", "of data order, noise, σ and dropped instructions", 0, number(int, 0, 2**62))
     add("--device", "such as cpu or cuda (default: cuda where there is one)", metavar="NAME")
     text = "of matrix products and frozen weights (default: bfloat16 on CUDA, else float32)"
@@ -273,7 +273,7 @@ class Pairs:
                 bucket = shape if args.stage > 1 else shape[:1]  # stage 1: the DiT sees the target
                 self.buckets[shape[0][0] > 1].setdefault(bucket, []).append(i)
         self.cached_order = functools.lru_cache(maxsize=4)(self.order)
-        self.reported = 0 if IS_FIRST else len(self.broken)  # all processes find the same so far
+        self.reported = 0 if IS_FIRST else len(self.broken)  # so far all processes find the same
 
     def add(self, where, folder, line):
         try:
@@ -295,6 +295,10 @@ class Pairs:
         for problem in list(self.broken.values())[self.reported : REPORTED]:
             tqdm.write(f"train.py: left out: {problem}", file=sys.stderr)
         self.reported = len(self.broken)
+
+    def summary(self):
+        images, clips = (sum(map(len, self.buckets[video].values())) for video in (False, True))
+        return f"{images} images and {clips} clips, and {len(self.broken)} broken pairs"
 
     def try_shape(self, pair):
         try:
@@ -707,10 +711,8 @@ def train(args, build, validate):
     first_step = checkpoints.resume()
     metrics = Metrics(args.out / "metrics.jsonl", first_step)
     pairs.report()
-    images, clips = (sum(map(len, pairs.buckets[video].values())) for video in (False, True))
     weights = sum(p.numel() for p in parameters.values()) / 1e6
-    broken = len(pairs.broken)
-    say(f"{images} images and {clips} clips, {broken} broken; {weights:.2f} M weights train")
+    say(f"{pairs.summary()}; {weights:.2f} M weights train")
     if held_out and first_step == 0:
         metrics.write(timed_validation(validate, args, model, loader, held_out, 0))
 
@@ -780,14 +782,14 @@ def train(args, build, validate):
 
 
 def clip_gradients(parameters):
-    """Means of gradients over all processes, together of norm CLIP_NORM at most -> norm before."""
+    """Averages gradients over processes, scales their norm to CLIP_NORM -> the norm before that."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    if PROCESSES > 1:  # FSDP has averaged those that it has sharded
-        for gradient in whole:
+    others = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if PROCESSES > 1:  # FSDP has averaged those that it sharded
+        for gradient in others:
             dist.all_reduce(gradient.div_(PROCESSES))
-    norm = float(get_total_norm(whole))
+    norm = float(get_total_norm(others))
     if sharded:
         norm = math.hypot(norm, float(get_total_norm(sharded).full_tensor()))
     if math.isfinite(norm) and norm > CLIP_NORM:
@@ -1016,7 +1018,7 @@ class Checkpoints:
         return tensors
 
     def save(self, step):
-        """Writes the checkpoint of `step` and removes those before the last KEEP."""
+        """Writes the checkpoint of `step` and removes all but the last KEEP."""
         final = self.args.out / "checkpoints" / f"step-{step:07d}"
         partial = final.with_suffix(".partial")
         try:
