@@ -340,7 +340,8 @@ def make_vision(out, args):
 
     def loss_of(step, rng):
         chosen = rng.integers(len(pictures["image"]), size=64)
-        cut = [processor.patches([Image.fromarray(pictures["image"][i, 0].numpy())]) for i in chosen]
+        images = [Image.fromarray(pictures["image"][i, 0].numpy()) for i in chosen]
+        cut = [processor.patches([image], processor.max_pixels) for image in images]
         labels = torch.stack([look.labels(captions["image"][i]) for i in chosen], dim=1)    # (3, B, 9)
         patches, grids = zip(*cut)
         logits = look(torch.cat(patches), grids)
