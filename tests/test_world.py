@@ -465,7 +465,11 @@ def test_score_of_a_vae(tmp_path):
 
     seen = []
 
-    class Identity(torch.nn.Linear):
+    class Identity(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = torch.nn.Linear(1, 1)
+
         def encode(self, video):
             assert video.shape[:2] == (1, 3) and video.shape[2] in (1, 9)
             seen.extend((video.min().item(), video.max().item()))
@@ -474,7 +478,7 @@ def test_score_of_a_vae(tmp_path):
         decode = encode
 
     world.make(tmp_path, 18, video_share=0.5)
-    scores = world.score(tmp_path, vae=Identity(1, 1))
+    scores = world.score(tmp_path, vae=Identity())
     assert -1 <= min(seen) < -0.75 and 0.75 < max(seen) <= 1
     assert all(row["vae"] == {"success": 100, "inside": 0, "outside": 0, "missing": 0} for row in scores["rows"])
     assert "result" not in scores["rows"][0] and "vae" in world.table(scores)
