@@ -307,15 +307,12 @@ def test_data_of_the_quality_stage(out):
         for one, other in zip(clean, faulty, strict=True):
             targets = [world.read_frames(folder / line["target"]) for line in (one, other)]
             assert one | {"target": other["target"]} == other
-            error = np.abs(np.subtract(*targets, dtype=float)).mean() / 255
-            assert 0.02 < error < 0.1
             source = world.read_frames(folder / one["source"])
-            scores = world.judge(source, targets[0], targets[1])
-            assert scores["outside"] > 0.02
+            assert not world.judge(source, *targets)["success"]
 
 
 def test_looks_are_withheld_from_clips_alone(out):
-    """A clip with a style among the data, or images without one, and transfer is not what is seen."""
+    """A style among the clips, or none among the images, and transfer is not what is seen."""
     for media in MEDIA:
         folder = out / "data" / media
         lines, plain = (claims.read_lines(folder / f"{n}.jsonl") for n in ("data", "plain"))
@@ -327,10 +324,9 @@ def test_looks_are_withheld_from_clips_alone(out):
         assert any(looks) == (media != "late")
     options = claims.parse(["transfer", *TINY, "--out", str(out)])
     line = claims.command_line(options, ARMS["withheld"], 2, 0, out)
-    files = [Path(word) for word in line if word.endswith(".jsonl") and "test" not in word]
-    assert [file.relative_to(out / "data") for file in files] == [
-        Path(media) / "plain.jsonl" for media in MEDIA
-    ]
+    files = [str(out / "data" / media / "plain.jsonl") for media in MEDIA]
+    assert [word for word in line if word.endswith("plain.jsonl")] == files
+    assert not any(word.endswith("data.jsonl") for word in line[: 1 + len(files)])
     groups = [
         claims.groups_of(row["id"]) for row in claims.read_lines(out / "data/test/data.jsonl")
     ]

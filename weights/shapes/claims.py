@@ -276,6 +276,8 @@ def groups_of(name):
 
 def write_plain(folder):
     """Writes plain.jsonl beside data.jsonl: all but clips whose edit changes the look."""
+    if (folder / "plain.jsonl").exists():
+        return
     lines = []
     for line in read_lines(folder / "data.jsonl"):
         if not (line["video"] and line["target_scene"]["look"]):
