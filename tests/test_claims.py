@@ -122,6 +122,7 @@ def test_what_an_arm_trains(out, tmp_path, name, stage):
         assert source.any() == (name not in ("zero", "none"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["baseline", "transformer", "qformer"])
 def test_half_precision(out, tmp_path, name):
     """--precision reaches training and validation of every connector, and hardly changes a loss."""
@@ -226,6 +227,7 @@ def whole(out):
     return out
 
 
+@pytest.mark.slow
 def test_every_arm_yields_its_rows(whole):
     for arm in ARMS.values():
         folder = whole / f"{arm.name}-0"
@@ -253,6 +255,7 @@ def test_every_arm_yields_its_rows(whole):
     assert all((whole / f"claim-{claim}.png").exists() for claim in CLAIMS)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(whole, monkeypatch, capsys):
     """A whole run is left alone; of one that was cut off while editing, the rest alone is made."""
     file, edit = whole / "zero-0" / "results.jsonl", whole / "zero-0" / "edits" / "image-00000.png"

@@ -31,6 +31,7 @@ def run(monkeypatch, out, *arguments):
     pretrain.main()
 
 
+@pytest.mark.slow
 def test_all_parts_and_what_ships(few, tmp_path, monkeypatch):
     """The parts are run hours apart by hand: one that no longer fits would be noticed late."""
     out, shipped = tmp_path / "base", tmp_path / "shapes"
@@ -52,6 +53,7 @@ def test_all_parts_and_what_ships(few, tmp_path, monkeypatch):
     assert np.abs(result.astype(int) - original).mean() < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["vae", "refine", "instruct", "dit"])
 def test_goes_on_where_it_was(part, few, tmp_path, monkeypatch):
     """Four steps in one go, or in two runs: the second has to find optimizer, rate and data."""
@@ -136,6 +138,7 @@ def test_words_know_their_phrase():
     assert torch.allclose(one[:comma], same[:comma], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_decoder_leaves_latents_alone_and_refine_does_not(precision, few, tmp_path, monkeypatch):
     """What the DiT has learnt holds after the one, and has to be learnt again after the other."""
