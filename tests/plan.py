@@ -1,7 +1,7 @@
 """Parameters, memory and days of a training stage, before anything is downloaded or rented.
 
     python tests/plan.py 14B --stage 2 --gpus 8 --gradient-checkpointing
-    python tests/plan.py 14B --stage 1 --micro-batch 1 --dit-lora 64 --weights FOLDER
+    python tests/plan.py 14B --stage 2 --micro-batch 1 --dit-lora 64 --weights FOLDER
 
 The sizes are those of the config.json files in --weights, else as released with the DiT named. All
 other options go to train.py; batches are the paper's unless given. No weights and no memory are
