@@ -21,6 +21,7 @@ tokens, Q queries, D width of the MLLM.
 import argparse
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -38,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 import dit as dit_module
 import mllm as mllm_module
 import vae as vae_module
-from dit import WanDiT
+from dit import PatchEmbedding, WanDiT
 from mllm import Processor, Qwen2_5_VL, add_lora, load_lora, lora_state_dict, to_pil
 from sampler import FlowSampler, guided
 from vae import WanVAE, to_frames, to_video
@@ -57,7 +58,8 @@ class InstructXConfig:
     image_queries: int = 256  # paper
     video_queries: int = 512  # paper
     mllm_frames: int = 13  # paper: frames of a clip that the MLLM sees
-    frame_pixels: int = 602112  # a clip's frames are scaled down to this for it, as Qwen's own are
+    frame_pixels: int = 602112  # larger ones are scaled down for it, as by Qwen's own pipeline
+    system_prompt: str = SYSTEM_PROMPT
     text_embedding: bool = True  # False: the connector writes the DiT's own width
     lora_rank: int = 64  # 0 leaves the MLLM as it was released
     lora_alpha: float = 64.0
@@ -66,17 +68,37 @@ class InstructXConfig:
     shift: float = 5.0
     solver: str = "unipc"
     area: int = 0  # pixels of the pictures it was trained on; edit.py works at this size; 0: any
+    max_references: int = 99
+
+    # How Kiwi-Edit differs, whose weights are open.
+    source_first: bool = False  # in the prompt, whose turn ends behind the queries
+    reference_queries: int = 0  # queries where there is a reference, which has an MLP of its own
+    reference_words: str = ""  # put behind the instruction where there is a reference
+    reference_pixels: int = 0  # a larger reference is scaled down to this for the MLLM
+    reference_padded: bool = False  # the DiT sees it on white, in the size of the source
+    frame_resizes: tuple = ()  # see Processor
+    mllm_fps: float = 0.0  # the frame rate that the MLLM is told; 0: that of the clip
 
 
 class Connector(nn.Module):
-    """Two sets of learnable queries and the two-layer MLP (paper, section 3.2)."""
+    """Two sets of learnable queries and the two-layer MLP (paper, section 3.2).
+
+    Kiwi-Edit has a third set, and a second MLP for the states of a reference's own tokens.
+    """
 
     def __init__(self, config):
         super().__init__()
         D = config.mllm_dim
         self.image_queries = nn.Parameter(torch.empty(config.image_queries, D))
         self.video_queries = nn.Parameter(torch.empty(config.video_queries, D))
-        self.mlp = nn.Sequential(
+        self.mlp = self.make_mlp(config)
+        self.reference_queries = self.reference_mlp = None
+        if config.reference_queries:
+            self.reference_queries = nn.Parameter(torch.empty(config.reference_queries, D))
+            self.reference_mlp = self.make_mlp(config)
+
+    def make_mlp(self, config):
+        return nn.Sequential(
             nn.Linear(config.mllm_dim, config.hidden_dim),
             nn.GELU(approximate="tanh"),
             nn.Linear(config.hidden_dim, config.context_dim),
@@ -86,15 +108,23 @@ class Connector(nn.Module):
         """The start of stage 1: queries as N(0, 0.02), the MLP as PyTorch starts it."""
         nn.init.normal_(self.image_queries, std=0.02)
         nn.init.normal_(self.video_queries, std=0.02)
+        if self.reference_queries is not None:
+            nn.init.normal_(self.reference_queries, std=0.02)
         return self
 
-    def queries(self, is_video):
+    def queries(self, is_video, has_reference=False):
         """(Q, D): what the MLLM is given after the last token of the prompt."""
+        if has_reference and self.reference_queries is not None:
+            return self.reference_queries
         return self.video_queries if is_video else self.image_queries
 
     def forward(self, features):
         """Hidden states at the queries (B, Q, D) -> (B, Q, context_dim), in its own dtype."""
         return self.mlp(features.to(self.image_queries.dtype))
+
+    def reference(self, states):
+        """Hidden states at a reference's tokens (B, R, D) -> (B, R, context_dim)."""
+        return self.reference_mlp(states.to(self.image_queries.dtype))
 
 
 class InstructX(nn.Module):
@@ -152,17 +182,18 @@ class InstructX(nn.Module):
         steps = self.config.steps if steps is None else steps
         self.sampler(steps)  # its errors come before the work
         if not (np.isfinite(guidance) and guidance >= 1):
-            raise ValueError(
-                f"guidance is {guidance}; it should be 1 or more (1: no amplification)"
-            )
-        area = frames.shape[1] * frames.shape[2]
-        references = [fit_reference(picture, area) for picture in references]
+            raise ValueError(f"guidance is {guidance}; it should be 1 or more; 1 changes nothing")
+        if len(references) > self.config.max_references:
+            most = self.config.max_references
+            raise ValueError(f"{len(references)} references; these weights take at most {most}")
+        shown = [self.shown_reference(picture, frames.shape) for picture in references]
+        references = [self.framed_reference(picture, frames.shape) for picture in shown]
 
         report("understand", 0, 1)
         # The unconditional branch sees the same pictures with an empty instruction, so guidance
         # amplifies the words alone.
         instructions = [instruction] if guidance == 1 else [instruction, ""]
-        prompts = [self.prompt(frames, words, references, fps) for words in instructions]
+        prompts = [self.prompt(frames, words, shown, fps) for words in instructions]
         inputs = self.processor.collate(prompts, same_pictures=True)
         context = self.context(inputs, is_video=len(frames) > 1)  #             (1 or 2, Q, 4096)
         check_finite(context, "context")
@@ -196,20 +227,60 @@ class InstructX(nn.Module):
         `frames` are uint8 (T, H, W, 3), `references` uint8 (H, W, 3). A single frame is shown as
         an image. A clip is shown as at most `mllm_frames` frames, first and last included.
         """
-        show = partial(self.processor, instruction, references=references, system=SYSTEM_PROMPT)
-        if len(frames) == 1:
+        config = self.config
+        if references:
+            instruction += config.reference_words
+        show = partial(
+            self.processor,
+            instruction,
+            references=references,
+            system=config.system_prompt,
+            reference_pixels=config.reference_pixels,
+            source_first=config.source_first,
+        )
+        if len(frames) == 1 and not (references and config.reference_queries):
             return show(image=frames[0])
         count = min(len(frames), self.config.mllm_frames)
         sampled = np.linspace(0, len(frames) - 1, count).round().astype(int)
-        rate = fps * (count - 1) / (len(frames) - 1)  # the MLLM's frame times are in seconds
-        return show(video=frames[sampled], fps=rate, frame_pixels=self.config.frame_pixels)
+        rate = fps * (count - 1) / max(1, len(frames) - 1)  # its frame times are in seconds
+        return show(
+            video=frames[sampled],
+            fps=config.mllm_fps or rate,
+            frame_pixels=config.frame_pixels,
+            frame_resizes=config.frame_resizes,
+        )
 
     def context(self, inputs, is_video):
         """What the DiT reads instead of T5 embeddings. `inputs`: a prompt, or a batch of them."""
-        queries = self.connector.queries(is_video)  #                           (Q, D)
-        hidden = self.mllm(**inputs, queries=queries)  #                        (B, L+Q, D)
+        has_reference = self.has_reference(inputs)
+        queries = self.connector.queries(is_video, has_reference)  #            (Q, D)
+        hidden = self.mllm(**inputs, queries=self.with_turn_end(queries))  #    (B, L+Q, D)
         features = hidden[:, -len(queries) :]  #                                (B, Q, D)
-        return self.connector(features)  #                                      (B, Q, 4096)
+        context = self.connector(features)  #                                   (B, Q, 4096)
+        if has_reference:
+            states = self.reference_states(hidden, inputs)  #                   (B, R, D)
+            context = torch.cat([self.connector.reference(states), context], dim=1)
+        return context
+
+    # Three details of Kiwi-Edit, which InstructX does without.
+
+    def has_reference(self, inputs):
+        """Beside a reference Kiwi-Edit shows the source as a video, even if it is one frame."""
+        both = {"pixel_values", "pixel_values_videos"} <= inputs.keys()
+        return self.config.reference_queries > 0 and both
+
+    def with_turn_end(self, queries):
+        """Kiwi-Edit ends the user's turn behind the queries, and keeps the last Q states of all."""
+        if not self.config.source_first:
+            return queries
+        end = self.mllm.words(torch.tensor(self.processor.turn_end()))  # (2, D)
+        return torch.cat([queries.to(end), end])
+
+    def reference_states(self, hidden, inputs):
+        """The states at the tokens of the reference, with which the prompt ends: (B, R, D)."""
+        tokens = int(inputs["image_grid_thw"][-1].prod()) // self.processor.merge_size**2
+        end = inputs["input_ids"].shape[1] - 1  # before <|vision_end|>
+        return hidden[:, end - tokens : end]
 
     @torch.no_grad()
     def sample(
@@ -265,6 +336,21 @@ class InstructX(nn.Module):
             if len(frames):
                 yield frames  #                                                 (t, H, W, 3)
 
+    def shown_reference(self, picture, shape):
+        """A picture -> uint8 (H, W, 3), as the MLLM sees it beside frames of `shape`."""
+        if self.config.reference_padded:
+            return np.asarray(to_pil(picture))
+        return fit_reference(picture, shape[1] * shape[2])
+
+    def framed_reference(self, picture, shape):
+        """A shown reference -> uint8 (H, W, 3), as the DiT sees it."""
+        if not self.config.reference_padded:
+            return picture
+        size = shape[2], shape[1]
+        return np.asarray(
+            ImageOps.pad(to_pil(picture), size, Image.Resampling.BICUBIC, color="white")
+        )
+
     def multiple(self):
         """Sides of a picture are padded to multiples of this: VAE stride times DiT patch."""
         return self.vae.spatial_stride * self.dit.config.patch_size[1]
@@ -298,21 +384,34 @@ class InstructX(nn.Module):
         folders = locate(folder, instructx)
         check_configs(folders)
         dit_blocks = not offload and quantize is None
-        mllm = Qwen2_5_VL.from_pretrained(folders["mllm"], device, dtype, blocks=not offload)
+        mllm = Qwen2_5_VL.from_pretrained(
+            folders["mllm"], device, dtype, blocks=not offload, config=folders.get("mllm_config")
+        )
         dit = WanDiT.from_pretrained(folders["dit"], device, dtype, blocks=dit_blocks)
         vae = WanVAE.from_pretrained(folders["vae"], device)
-        processor = Processor.from_pretrained(folders["mllm"])
+        processor = Processor.from_pretrained(folders.get("processor", folders["mllm"]))
+        kiwi_file = folders["mllm"] / KIWI_FILE
         if "instructx" in folders:
             config = read_config(folders["instructx"] / "config.json")
+        elif kiwi_file.is_file():
+            config = read_kiwi_config(folders["mllm"])
+        else:
+            model = cls.untrained(mllm, processor, dit, vae, **settings)
+            config = None
+        if config is not None:
             config = replace(config, **settings)
-            with torch.device("meta"):
-                connector = Connector(config)
+            try:
+                with torch.device("meta"):
+                    connector = Connector(config)
+            except (RuntimeError, TypeError, OverflowError) as error:
+                raise ValueError(f"{folders['instructx']}: {str(error)[:200]}") from None
             if config.lora_rank:
                 add_lora(mllm, config.lora_rank, config.lora_alpha)
             model = cls(config, mllm, processor, connector, dit, vae)
-            model.load(folders["instructx"] / "model.safetensors", device, dtype)
-        else:
-            model = cls.untrained(mllm, processor, dit, vae, **settings)
+            if "instructx" in folders:
+                model.load(folders["instructx"] / "model.safetensors", device, dtype)
+            else:
+                model.load_kiwi(kiwi_file, device, dtype)
         read_dit = partial(dit_block, folders["dit"], dtype)
         if quantize is not None:
             quantize_blocks(model.dit, read_dit, device)
@@ -345,13 +444,7 @@ class InstructX(nn.Module):
 
     def load(self, file, device="cpu", dtype=None):
         """Fills connector and LoRA from our own checkpoint. ValueError unless every tensor fits."""
-        tensors = {}
-        try:
-            with safe_open(file, "pt") as stored:
-                for name in stored.keys():
-                    tensors[name] = stored.get_tensor(name).to(device, dtype)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
+        tensors = read_safetensors(file, device, dtype)
         prefix = "connector."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         lora = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
@@ -361,6 +454,34 @@ class InstructX(nn.Module):
                 load_lora(self.mllm, lora)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{file}: {' '.join(str(error).split())[:600]}") from None
+
+    def load_kiwi(self, file, device="cpu", dtype=None):
+        """Fills connector and embeddings from Kiwi-Edit's files. ValueError unless they fit."""
+        tensors = {}
+        for name, tensor in read_safetensors(file, device, dtype).items():
+            for theirs, ours in KIWI_NAMES.items():
+                if name.startswith(theirs):
+                    name = ours + name.removeprefix(theirs)
+                    break
+            tensors[name] = tensor
+        load_strictly(self.connector, tensors, file)
+        flags = {"source_embedding": True, "source_bias": True, "source_scaled": True}
+        for name, embedding in (("source", "source_embedding"), ("ref", "reference_embedding")):
+            folder = file.parent.parent / f"{name}_embedder"
+            weights = folder / KIWI_FILE
+            if name == "ref" and not self.config.reference_queries:
+                continue  # the variant that takes no reference
+            if not weights.is_file():
+                raise FileNotFoundError(f"{weights} is missing; the DiT sees the {name} by it")
+            flags["references_first"] = bool(read_json(folder / "config.json").get("ref_pad_first"))
+            flags[embedding] = True
+            with torch.device("meta"):
+                module = PatchEmbedding(self.dit.config)
+            tensors = read_safetensors(weights, device, dtype)
+            tensors = {n.removeprefix("patch_embedding."): t for n, t in tensors.items()}
+            load_strictly(module, tensors, weights)
+            setattr(self.dit, embedding, module)
+        self.dit.config = replace(self.dit.config, **flags)
 
     def save_pretrained(self, folder, dit=False, mllm=False, dtype=None):
         """Writes the folder `instructx` of a weights folder: config.json and model.safetensors.
@@ -380,9 +501,71 @@ class InstructX(nn.Module):
         # By way of another name: the tensors may be mapped from the file that is there.
         partial_file = folder / "model.safetensors.partial"
         save_file(tensors, partial_file, metadata={"format": "pt"})
-        os.replace(partial_file, folder / "model.safetensors")
         config = {"_class_name": "InstructX", **asdict(self.config)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(folder / "config.json", partial_file)  # safetensors makes it private
+        os.replace(partial_file, folder / "model.safetensors")
+
+
+def read_safetensors(file, device, dtype):
+    """{name: tensor}. ValueError names a file that is damaged."""
+    try:
+        with safe_open(file, "pt") as stored:
+            return {name: stored.get_tensor(name).to(device, dtype) for name in stored.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
+
+
+def load_strictly(module, tensors, file):
+    """Fills a module on the meta device. ValueError names the tensors that do not fit."""
+    try:
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())[:600]}") from None
+
+
+KIWI_FILE = "diffusion_pytorch_model.safetensors"
+KIWI_NAMES = {
+    "ref_queries": "reference_queries",
+    "ref_connector.": "reference_mlp.",
+    "connector.": "mlp.",
+}
+KIWI_SYSTEM = "You will be given an image and instruction. Please describe the content of the image"
+KIWI_SYSTEM += " in detail based on instruction in your own words."
+
+
+def read_kiwi_config(folder):
+    """InstructXConfig of Kiwi-Edit (github.com/showlab/Kiwi-Edit), from its mllm_encoder/."""
+    raw = read_json(folder / "config.json")
+    try:
+        with safe_open(folder / KIWI_FILE, "pt") as stored:
+            takes_reference = "ref_queries" in stored.keys()
+        return InstructXConfig(
+            mllm_dim=raw["hidden_size"],
+            hidden_dim=raw["dit_dim"],
+            context_dim=raw["dit_dim"],
+            image_queries=raw["num_image_queries"],
+            video_queries=raw["num_video_queries"],
+            reference_queries=raw["num_ref_queries"] if takes_reference else 0,
+            mllm_frames=raw["max_frames"],
+            frame_pixels=12845056,
+            text_embedding=False,
+            lora_rank=0,  # merged
+            guidance=1.0,  # it never saw an empty instruction
+            solver="euler",
+            system_prompt=KIWI_SYSTEM,
+            max_references=int(takes_reference),
+            source_first=True,
+            reference_words=" Use the reference input from last frame.",
+            reference_pixels=602112,
+            reference_padded=True,
+            # Multiples of 56 where Qwen's are of 28: an error that the weights were trained with.
+            frame_resizes=(("pillow", 56, 12544, 262144), ("torch", 28, 100352, 262144)),
+            mllm_fps=2.0,
+            area=921600,
+        )
+    except (KeyError, SafetensorError, OSError) as error:
+        raise ValueError(f"{folder} is no mllm_encoder of Kiwi-Edit: {error!r}") from None
 
 
 def check_frames(frames):
@@ -403,7 +586,7 @@ def pad(frames, side, stride):
 def fit_reference(picture, area):
     """A PIL image or uint8 (H, W, 3) -> uint8 (H, W, 3) of at most `area` pixels.
 
-    A reference then costs no more tokens than a frame of the source. Training does the same.
+    A reference then costs no more tokens than a frame of the source.
     """
     image = to_pil(picture)
     height, width = reference_size(image.height, image.width, area)
@@ -429,11 +612,13 @@ def check_finite(tensor, name):
 def read_config(file):
     """InstructXConfig from a config.json. ValueError for unknown keys and wrong types."""
     raw = read_json(file)
-    raw.pop("_class_name", None)
+    if raw.pop("_class_name", "InstructX") != "InstructX":
+        raise ValueError(f"{file} is not the config.json of an InstructX folder")
     names = [field.name for field in fields(InstructXConfig)]
     unknown = sorted(raw.keys() - set(names))
     if unknown:
         raise ValueError(f"{file}: unknown settings {unknown}; there are {', '.join(names)}")
+    raw = {name: to_tuple(value) for name, value in raw.items()}
     config = InstructXConfig(**raw)
     check_types(config, file)
     return config
@@ -441,7 +626,7 @@ def read_config(file):
 
 def check_configs(folders):
     """Raises ValueError for wrong values in the config.json of MLLM, DiT and VAE."""
-    mllm_config = mllm_module.read_config(folders["mllm"])
+    mllm_config = mllm_module.read_config(folders["mllm"], folders.get("mllm_config"))
     vae_file = vae_module.checkpoint_file(folders["vae"])
     check_types(mllm_config, folders["mllm"])
     check_types(mllm_config.vision_config, folders["mllm"])
@@ -460,12 +645,18 @@ def check_types(config, file):
             raise ValueError(f"{file}: {field.name} is {value!r}, below 0")
 
 
+def to_tuple(value):
+    """JSON has lists where configs have tuples."""
+    return tuple(map(to_tuple, value)) if isinstance(value, list) else value
+
+
 CLASSES = {
     "Qwen2_5_VLForConditionalGeneration": "mllm",
     "qwen2_5_vl": "mllm",
     "WanModel": "dit",
     "WanTransformer3DModel": "dit",
     "AutoencoderKLWan": "vae",
+    "MLLMEncoder": "mllm",  # of Kiwi-Edit, whose other folders are found as the released ones are
     "InstructX": "instructx",
 }
 
@@ -492,7 +683,7 @@ def locate(folder, instructx=None):
         model = CLASSES.get(str(config.get("_class_name", config.get("model_type"))))
         if model and file.parent.parent.name != "instructx":
             candidates.setdefault(model, []).append(file.parent)
-    vae_files = sorted([*folder.glob("Wan2.1_VAE.*"), *folder.glob("*/Wan2.1_VAE.*")])
+    vae_files = sorted([*folder.glob("Wan2.?_VAE.*"), *folder.glob("*/Wan2.?_VAE.*")])
     candidates.setdefault("vae", vae_files)
     folders = {}
     for model in ("mllm", "dit", "vae", "instructx"):
@@ -515,6 +706,13 @@ def locate(folder, instructx=None):
         if model not in folders:
             raise FileNotFoundError(
                 f"{folder} holds no {model}/ with {name} (see weights/README.md)"
+            )
+    if (folders["mllm"] / KIWI_FILE).is_file():
+        folders["processor"] = folders["mllm"].parent / "processor"
+        folders["mllm_config"] = folders["processor"] / "qwen_config.json"
+        if not folders["mllm_config"].is_file():
+            raise FileNotFoundError(
+                f"{folders['mllm_config']} is missing; it says which Qwen2.5-VL Kiwi-Edit has"
             )
     return folders
 

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -52,6 +53,10 @@ class WanDiTConfig:
     eps: float = 1e-6
     patch_size: tuple = (1, 2, 2)
     source_embedding: bool = False  # ours: the source has a patch embedding of its own
+    source_bias: bool = False  # Kiwi-Edit: that embedding has a bias
+    source_scaled: bool = False  # Kiwi-Edit: σ times the source's tokens are added
+    reference_embedding: bool = False  # Kiwi-Edit: references have an embedding of their own too
+    references_first: bool = False  # a variant of Kiwi-Edit: frame 0 is the reference, 1 the clip's
 
     def __post_init__(self):
         if self.dim % (2 * self.num_heads):
@@ -63,6 +68,7 @@ class WanDiTConfig:
 PRESETS = {
     "14B": WanDiTConfig(),
     "1.3B": WanDiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "5B": WanDiTConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
     "tiny": WanDiTConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=2, freq_dim=32, text_dim=48),
 }
 
@@ -274,9 +280,11 @@ class WanDiT(nn.Module):
         self.config = config
         D = config.dim
         self.patch_embedding = PatchEmbedding(config)
-        self.source_embedding = None
+        self.source_embedding = self.reference_embedding = None
         if config.source_embedding:
-            self.source_embedding = PatchEmbedding(config, bias=False)
+            self.source_embedding = PatchEmbedding(config, bias=config.source_bias)
+        if config.reference_embedding:
+            self.reference_embedding = PatchEmbedding(config)
         self.text_embedding = nn.Identity()
         if config.text_dim:
             self.text_embedding = nn.Sequential(
@@ -296,7 +304,8 @@ class WanDiT(nn.Module):
         x = self.patch_embedding(z)  #                                               (B, L, D)
         L = x.shape[1]
         if condition.source is not None:
-            x = x + condition.source  #                                              (B, L, D)
+            sigma = t.view(-1, 1, 1) / 1000 if self.config.source_scaled else 1
+            x = x + sigma * condition.source  #                                      (B, L, D)
         if condition.references is not None:
             x = torch.cat([x, condition.references], dim=1)  #                       (B, L+R, D)
         e = self.time_embedding(sinusoids(t, self.config.freq_dim))  #               (B, D)
@@ -321,14 +330,15 @@ class WanDiT(nn.Module):
         check_shapes(self, context, shape, source, references)
         head_dim = self.config.dim // self.config.num_heads
         context = self.text_embedding(context.to(self.patch_embedding.weight.dtype))  # (B, Q, D)
-        grid = self.grid(shape)
-        tables = [rope_table(grid, head_dim)]
+        grid, references = self.grid(shape), list(references)
+        frame = len(references) if self.config.references_first else 0
+        tables = [rope_table(grid, head_dim, first_frame=frame)]
         tokens = []
-        for i, reference in enumerate(references):
-            embedded = self.patch_embedding(reference)  # (B or 1, R of this one, D)
-            tokens.append(embedded.expand(shape[0], -1, -1))
-            frame = grid[0] + i  # one more after the last
-            tables.append(rope_table(self.grid(reference.shape), head_dim, frame))
+        embed = self.reference_embedding or self.patch_embedding
+        for i, reference in enumerate(references):  # each counts as one more frame
+            frame = i if self.config.references_first else grid[0] + i
+            tables.append(rope_table(self.grid(reference.shape), head_dim, first_frame=frame))
+            tokens.append(embed(reference).expand(shape[0], -1, -1))
         cos, sin = (torch.cat(table).to(context.device) for table in zip(*tables))  # (L+R, 1, d/2)
         return Condition(
             context=context,
@@ -347,9 +357,11 @@ class WanDiT(nn.Module):
         """Gives the source an embedding of its own. It starts as a copy, so nothing changes yet."""
         if self.source_embedding is None:
             with torch.device("meta"):
-                self.source_embedding = PatchEmbedding(self.config, bias=False)
+                self.source_embedding = PatchEmbedding(self.config, bias=self.config.source_bias)
             weight = self.patch_embedding.weight.detach().clone()
             self.source_embedding.weight = nn.Parameter(weight)
+            if self.config.source_bias:
+                self.source_embedding.bias = nn.Parameter(torch.zeros_like(weight[:, 0, 0, 0, 0]))
             self.config = replace(self.config, source_embedding=True)
 
     def grid(self, shape):
@@ -386,14 +398,14 @@ class WanDiT(nn.Module):
         config = read_config(path)
         if config.num_layers > len(tensors):
             raise ValueError(f"{path} has too few tensors for {config.num_layers} layers")
-        with torch.device("meta"):
-            model = cls(config)
         for name, tensor in tensors.items():  # one by one, never two copies of the model
             home = device if blocks or not name.startswith("blocks.") else "meta"
             tensors[name] = tensor.to(home, stored_dtype(name, tensor.dtype, dtype))
         try:
+            with torch.device("meta"):
+                model = cls(config)
             model.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:  # it names what is missing, left over or of another shape
+        except (RuntimeError, TypeError) as error:  # it names what is missing or does not fit
             raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
         return model
 
@@ -412,8 +424,9 @@ class WanDiT(nn.Module):
         # By way of another name: the tensors may be mapped from the file that is there.
         partial = folder / "model.safetensors.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
-        os.replace(partial, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(folder / "config.json", partial)  # safetensors makes it private
+        os.replace(partial, folder / "model.safetensors")
 
 
 FLOAT32 = re.compile(r"^time_|^head\.|norm|modulation$")
@@ -520,8 +533,8 @@ def read_config(path):
     if not file.exists():
         return WanDiTConfig()
     raw = {CONFIG_KEYS.get(key, key): value for key, value in read_json(file).items()}
-    if raw.get("model_type", "t2v") != "t2v" or raw.get("image_dim") is not None:
-        raise ValueError(f"{file} describes no text-to-video model (model_type t2v) of Wan2.1")
+    if raw.get("model_type", "t2v") not in ("t2v", "ti2v") or raw.get("image_dim") is not None:
+        raise ValueError(f"{file} describes no Wan model of model_type t2v or ti2v")
     try:
         if "attention_head_dim" in raw:
             raw["dim"] = raw["attention_head_dim"] * raw["num_heads"]

@@ -1102,7 +1102,7 @@ def settings_of(folder):
     """The config.json of a folder; {} if it is missing or damaged, as loading will report."""
     try:
         settings = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         settings = None
     return settings if isinstance(settings, dict) else {}
 
@@ -1177,11 +1177,24 @@ def check_size(path, width, height, remedy):
 
 
 def working_size(width, height, area):
-    """The size at which a picture is edited: its own, or the same proportions at `area` pixels."""
+    """The size at which a picture is edited: its own, or inside `area` pixels if it is larger.
+
+    Then the sides are multiples of what the models take, so that nothing is padded.
+    """
     if not area or width * height <= area:
         return width, height
     scale = math.sqrt(area / (width * height))
-    return max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale))
+    side = 32 if area > 256 * 256 else 8  # pixels; small pictures would be stretched by 32
+    width, height = (max(1, int(length * scale / side)) * side for length in (width, height))
+    return max(SMALLEST, width), max(SMALLEST, height)
+
+
+def trained_area(args):
+    """Pixels of the pictures that the weights were trained on; 0 if they do not say."""
+    if not args.instructx and settings_of(args.weights / "mllm_encoder"):
+        return 1280 * 720  # Kiwi-Edit
+    area = settings_of(args.instructx or args.weights / "instructx").get("area")
+    return area if isinstance(area, int) else 0
 
 
 def load(args):
@@ -1209,6 +1222,8 @@ def load(args):
         tile(model.vae, args.tile)
     if args.compile:
         compile_blocks(model.dit)
+    if (args.guidance or 1) > 1 == model.config.guidance:
+        note(f"{args.weights} never saw an empty instruction, so guidance makes results worse")
     if not model.trained:
         note(f"warning: {args.weights} has no instructx/: queries and connector are random")
     return model, device
@@ -1246,8 +1261,7 @@ def edit(args):
     """Reads, edits and writes -> the files written."""
     check_arguments(args)
     if args.area is None:
-        trained = settings_of(args.instructx or args.weights / "instructx").get("area")
-        args.area = trained if isinstance(trained, int) else 0
+        args.area = trained_area(args)
     source, references = read_inputs(args)
     outputs = output_paths(args, args.output or default_output(args.input, source))
     if not args.output:

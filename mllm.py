@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from itertools import cycle
 from pathlib import Path
@@ -611,14 +612,14 @@ class Qwen2_5_VL(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu", dtype=None, blocks=True):
+    def from_pretrained(cls, path, device="cpu", dtype=None, blocks=True, config=None):
         """A folder with config.json and safetensors (one file, or an index of shards), or one file.
 
-        dtype None keeps what is stored. Without a config.json it is the 3B. `blocks=False` leaves
-        the blocks of both towers without weights, on the meta device. FileNotFoundError or
-        ValueError.
+        dtype None keeps what is stored. `config`: the config.json, if it lies elsewhere; without
+        one it is the 3B. `blocks=False` leaves the blocks of both towers without weights, on the
+        meta device. FileNotFoundError or ValueError.
         """
-        return load_model(cls, path, device, dtype, blocks)
+        return load_model(cls, path, device, dtype, blocks, config)
 
     def save_pretrained(self, folder):
         """Writes config.json, in the hub's layout, and model.safetensors. ValueError with LoRA."""
@@ -713,6 +714,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+BICUBIC = Image.Resampling.BICUBIC
 CHAT_PROMPT = "You are a helpful assistant."  # the chat template's own system prompt
 
 
@@ -743,6 +745,20 @@ def to_pil(picture):
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ValueError(f"a picture is {array.dtype} {array.shape}, not PIL or uint8 (H, W, 3)")
     return Image.fromarray(np.ascontiguousarray(array))
+
+
+def resize_by_torch(frame, height, width):
+    """Bicubic, as torchvision does it: a little off from Pillow's."""
+    pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float()
+    size = (height, width)
+    pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return Image.fromarray(pixels[0].permute(1, 2, 0).byte().numpy())
+
+
+RESIZERS = {
+    "pillow": lambda frame, height, width: frame.resize((width, height), BICUBIC),
+    "torch": resize_by_torch,
+}
 
 
 class Processor:
@@ -789,6 +805,9 @@ class Processor:
         system=None,
         fps=2.0,
         frame_pixels=None,
+        reference_pixels=None,
+        frame_resizes=(),
+        source_first=False,
     ):
         """One prompt: system prompt, instruction, source image or video, references.
 
@@ -798,7 +817,12 @@ class Processor:
             video: or else the source, uint8 (T, H, W, 3), at `fps` frames per second.
             references: pictures, each as `image`, of any sizes.
             system: the system prompt; None for the chat template's own.
-            frame_pixels: larger frames of a video are scaled down to it; None for `max_pixels`.
+            frame_pixels, reference_pixels: larger frames of a video, larger references are scaled
+                down to it; None for `max_pixels`.
+            frame_resizes: ("pillow" or "torch", factor, min_pixels, max_pixels) of each scaling
+                of the frames before that.
+            source_first: the source stands before the instruction, and the user's turn stays open
+                for the queries.
 
         Returns a dict of CPU tensors for Qwen2_5_VL.forward, batch 1. Raises ValueError.
         """
@@ -807,24 +831,46 @@ class Processor:
         system = CHAT_PROMPT if system is None else system
         if not isinstance(instruction, str) or not isinstance(system, str):
             raise ValueError("instruction and system prompt must be strings")
-        inputs, blocks = {}, []  # blocks: (pad token, grid) of each picture in the prompt
+        inputs, source_ids, reference_ids = {}, [], []
         if video is not None:
-            inputs |= self.video_inputs(video, fps, frame_pixels or self.max_pixels)
-            blocks.append(("<|video_pad|>", inputs["video_grid_thw"][0]))
-        pictures = [*([] if image is None else [image]), *references]
+            frames = [to_pil(frame) for frame in self.check_video(video, fps)]
+            for resize, *bounds in frame_resizes:
+                size = smart_resize(frames[0].height, frames[0].width, *bounds)
+                frames = [RESIZERS[resize](frame, *size) for frame in frames]
+            patches, grid = self.patches(frames, frame_pixels or self.max_pixels)
+            inputs["pixel_values_videos"] = patches
+            inputs["video_grid_thw"] = torch.tensor([grid])
+            inputs["second_per_grid_ts"] = torch.tensor([self.temporal_patch_size / fps])
+            source_ids = self.vision_ids("<|video_pad|>", grid)
+        pictures = []  # (patches, grid)
+        if image is not None:
+            pictures.append(self.patches([to_pil(image)], self.max_pixels))
+            source_ids = self.vision_ids("<|image_pad|>", pictures[0][1])
+        for reference in references:
+            bound = reference_pixels or self.max_pixels
+            pictures.append(self.patches([to_pil(reference)], bound))
+            reference_ids += self.vision_ids("<|image_pad|>", pictures[-1][1])
         if pictures:
-            cut = [self.patches([to_pil(picture)], self.max_pixels) for picture in pictures]
-            inputs["pixel_values"] = torch.cat([patches for patches, _ in cut])
-            inputs["image_grid_thw"] = torch.tensor([grid for _, grid in cut])
-            blocks += [("<|image_pad|>", grid) for grid in inputs["image_grid_thw"]]
-        start, end = [self.ids["<|im_start|>"]], [self.ids["<|im_end|>"], *self.encode("\n")]
+            inputs["pixel_values"] = torch.cat([patches for patches, _ in pictures])
+            inputs["image_grid_thw"] = torch.tensor([grid for _, grid in pictures])
+        start, end = [self.ids["<|im_start|>"]], self.turn_end()
         ids = start + self.encode("system\n" + system) + end
-        ids += start + self.encode("user\n" + instruction)
-        for pad, grid in blocks:
-            pads = [self.ids[pad]] * (int(grid.prod()) // self.merge_size**2)
-            ids += [self.ids["<|vision_start|>"], *pads, self.ids["<|vision_end|>"]]
-        ids += end + start + self.encode("assistant\n")
+        if source_first:
+            ids += start + self.encode("user\n") + source_ids
+            ids += self.encode(instruction) + reference_ids
+        else:
+            ids += start + self.encode("user\n" + instruction) + source_ids + reference_ids
+            ids += end + start + self.encode("assistant\n")
         return {"input_ids": torch.tensor([ids]), **inputs}
+
+    def turn_end(self):
+        """Token ids of the end of a turn."""
+        return [self.ids["<|im_end|>"], *self.encode("\n")]
+
+    def vision_ids(self, pad, grid):
+        """Token ids of one picture in the prompt."""
+        pads = [self.ids[pad]] * (math.prod(grid) // self.merge_size**2)
+        return [self.ids["<|vision_start|>"], *pads, self.ids["<|vision_end|>"]]
 
     def encode(self, text):
         """Token ids. ValueError for a special token: words must not open a turn."""
@@ -835,27 +881,21 @@ class Processor:
             raise ValueError(f"text must not contain the special token {token}")
         return ids
 
-    def video_inputs(self, frames, fps, max_pixels):
-        """uint8 (T, H, W, 3) -> its entries of the prompt's dict."""
+    def check_video(self, frames, fps):
+        """The frames as an array. ValueError unless they are (T, H, W, 3) at an fps above 0."""
         frames = np.asarray(frames)
         if frames.ndim != 4 or not len(frames):
             raise ValueError(f"a video is {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3)")
         if not 0 < fps < math.inf:
             raise ValueError(f"fps is {fps}; it should be frames per second, above 0")
-        patches, grid = self.patches([to_pil(frame) for frame in frames], max_pixels)
-        return {
-            "pixel_values_videos": patches,
-            "video_grid_thw": torch.tensor([grid]),
-            "second_per_grid_ts": torch.tensor([self.temporal_patch_size / fps]),
-        }
+        return frames
 
     def patches(self, frames, max_pixels):
         """PIL images of one size -> float32 (N, channels * frames * pixels), grid (t, h, w)."""
         patch, merge, depth = self.patch_size, self.merge_size, self.temporal_patch_size
         bounds = min(self.min_pixels, max_pixels), max_pixels
         height, width = smart_resize(frames[0].height, frames[0].width, patch * merge, *bounds)
-        bicubic = Image.Resampling.BICUBIC
-        pixels = np.stack([np.asarray(frame.resize((width, height), bicubic)) for frame in frames])
+        pixels = np.stack([np.asarray(frame.resize((width, height), BICUBIC)) for frame in frames])
         last = pixels[-1:].repeat(-len(pixels) % depth, axis=0)  # to fill the last patch
         pixels = np.concatenate([pixels, last])
         t, h, w = len(pixels) // depth, height // patch, width // patch
@@ -909,14 +949,12 @@ PICTURE_INPUTS = (
 # Loading.
 
 
-def load_model(cls, path, device, dtype, blocks):
+def load_model(cls, path, device, dtype, blocks, config):
     """See Qwen2_5_VL.from_pretrained."""
     tensors = read_tensors(path)
-    config = read_config(path)
+    config = read_config(path, config)
     if max(config.num_hidden_layers, config.vision_config.depth) > len(tensors):
         raise ValueError(f"{path} has too few tensors for the layers of its config.json")
-    with torch.device("meta"):
-        model = cls(config)
     tied, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and tied is not None and table is not None:
         if torch.equal(tied, table):  # some exports store the tied head again
@@ -929,8 +967,10 @@ def load_model(cls, path, device, dtype, blocks):
         elif name != "model.embed_tokens.weight":  # stays mapped on the CPU: few rows are read
             tensors[name] = tensor.to(device, dtype)
     try:
+        with torch.device("meta"):
+            model = cls(config)
         model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # it names what is missing, left over or of another shape
+    except (RuntimeError, TypeError) as error:  # it names what is missing or does not fit
         raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
     return model.eval()
 
@@ -944,8 +984,9 @@ def save_model(model, folder):
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     partial = folder / "model.safetensors.partial"  # the tensors may be mapped from the old file
     save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    shutil.copymode(folder / "config.json", partial)  # safetensors makes it private
+    os.replace(partial, folder / "model.safetensors")
 
 
 BLOCKS = ("visual.blocks.", "model.layers.")
@@ -1010,10 +1051,10 @@ def read_json(file):
         raise ValueError(f"{file} is not a JSON object: {error}") from None
 
 
-def read_config(path):
-    """Qwen2_5_VLConfig from a config.json; the 3B without one."""
+def read_config(path, file=None):
+    """Qwen2_5_VLConfig from the config.json of a checkpoint, or from `file`; the 3B without one."""
     path = Path(path)
-    file = (path.parent if path.is_file() else path) / "config.json"
+    file = Path(file or (path.parent if path.is_file() else path) / "config.json")
     if not file.exists():
         return PRESETS["3B"]
     try:
@@ -1112,8 +1153,11 @@ def load_processor(cls, folder):
             if raw.get(name) is None:
                 raw[name] = size.get(edge)
         settings = {name: raw[name] for name in PROCESSOR_SETTINGS if raw.get(name) is not None}
+        sizes = [settings[name] for name in PROCESSOR_SETTINGS[:5] if name in settings]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"sizes should be whole numbers above 0, not {sizes}")
         return cls(tokenizer, **settings)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{settings_file}: {error}") from None
 
 

@@ -29,6 +29,7 @@ Letters: B samples, F latent frames, H W pixels, h w = H/8 W/8, Q queries.
 import argparse
 import codecs
 import contextlib
+import csv
 import fcntl
 import functools
 import hashlib
@@ -169,7 +170,6 @@ from tqdm import tqdm
 from connector import (
     InstructX,
     InstructXConfig,
-    fit_reference,
     locate,
     pad,
     recompute_blocks,
@@ -242,15 +242,34 @@ class Pair:
     instruction: str
 
 
-def read_lines(file):
-    """Yields a Pair for each line of a data file, or the ValueError that says what is wrong."""
+CSV_COLUMNS = {
+    "source": "src_video",
+    "target": "tgt_video",
+    "instruction": "prompt",
+    "references": "ref_image",
+}  # of Kiwi-Edit
+
+
+def read_rows(file):
+    """Yields (line number, JSON text or dict) of a data file: JSON lines, or Kiwi-Edit's CSV."""
+    if file.suffix.lower() == ".csv":
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            for row in reader:
+                row = {name: row.get(column) for name, column in CSV_COLUMNS.items()}
+                row["references"] = [row["references"]] if row["references"] else []
+                yield reader.line_num, row
+        return
     # bytes: str.splitlines would also cut at separators that JSON may hold inside a text
     lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    yield from ((i, line) for i, line in enumerate(lines, 1) if line.strip())
+
+
+def read_lines(file):
+    """Yields a Pair for each line of a data file, or the ValueError that says what is wrong."""
+    for i, row in read_rows(file):
         try:
-            row = json.loads(line.decode())
+            row = json.loads(row.decode()) if isinstance(row, bytes) else row
             source, target = file.parent / row["source"], file.parent / row["target"]
             references = [file.parent / path for path in row.get("references") or []]
             if not isinstance(row["instruction"], str):
@@ -311,8 +330,9 @@ class Pairs:
     bucket. Chunks are shuffled, so that the steps mix shapes.
     """
 
-    def __init__(self, args, files, multiple, stride):
+    def __init__(self, args, files, multiple, stride, padded_references=False):
         self.args, self.multiple, self.stride = args, multiple, stride
+        self.padded_references = padded_references  # see InstructX.framed_reference
         self.pairs, self.broken, self.reported = [], {}, 0  # broken: {file and line: why}
         self.buckets = {False: {}, True: {}}  # {is_video: {shape: [number in pairs]}}
         for file in files:
@@ -383,7 +403,9 @@ class Pairs:
             reference_frames, *size, _ = self.sizes(path)
             if reference_frames > 1:
                 raise ValueError(f"{path} is a clip; a reference is an image")
-            references.append((1, *reference_size(*size, source[1] * source[2])))
+            if not self.padded_references:
+                size = reference_size(*size, source[1] * source[2])
+            references.append((1, *(source[1:] if self.padded_references else size)))
         return source, *references
 
     def working_size(self, height, width):
@@ -559,17 +581,18 @@ class Loader:
 
     def sample(self, pair, shape, instruction, place=(0, 0), seed=0):
         frames, fps = read(pair.source, shape[0])  # (T, H, W, 3)
-        area = shape[0][1] * shape[0][2]
         images = [read_frames(path, limit=1).frames[0] for path in pair.references]
-        images = [fit_reference(image, area) for image in images]  # (H, W, 3), as in an edit
+        images = [self.model.shown_reference(image, shape[0]) for image in images]
         inputs = self.model.prompt(frames, instruction, images, fps)
         target = self.latents.look_up(pair.target, shape[0])
         source, references = None, []
         if self.args.stage > 1:
             source = self.latents.look_up(pair.source, shape[0], frames)
             for path, image in zip(pair.references, images):
+                image = self.model.framed_reference(image, shape[0])  # (H, W, 3), as in an edit
                 padded = pad(image[None], self.pairs.multiple, self.pairs.stride)
-                references.append(self.latents.look_up(path, (1, *image.shape[:2]), padded))
+                key = "reference", *image.shape[:2]
+                references.append(self.latents.look_up(path, key, padded))
         return Sample(pair.where, place, seed, inputs, target, source, references)
 
     def blank(self):
@@ -878,7 +901,8 @@ def read_pairs(args, files, model, processes):
     """The edits of data files. The first process looks up sizes, the others find what it wrote."""
     if not IS_FIRST:
         processes.wait()
-    pairs = Pairs(args, files, model.multiple(), model.vae.temporal_stride)
+    stride, padded = model.vae.temporal_stride, model.config.reference_padded
+    pairs = Pairs(args, files, model.multiple(), stride, padded)
     if IS_FIRST:
         processes.wait()
     if not any(pairs.buckets.values()):

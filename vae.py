@@ -25,8 +25,9 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,20 +43,34 @@ MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
 STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
+MEAN_2_2 = (-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542)
+MEAN_2_2 += (0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109)
+MEAN_2_2 += (0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899)
+MEAN_2_2 += (-0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748)
+MEAN_2_2 += (0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667)
+STD_2_2 = (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344)
+STD_2_2 += (0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804)
+STD_2_2 += (0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999)
+STD_2_2 += (0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887)
+STD_2_2 += (0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)
+
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The released Wan2.1 VAE.
+    """The released Wan2.1 VAE; PRESETS["wan2.2"] is its successor.
 
     Each entry of `dim_mult` is one resolution. Between two of them height and width halve, and
     time too where `temporal_downsample` says so. `latents_*` are statistics of the posterior mean.
     """
 
     dim: int = 96
+    decoder_dim: int = 0  # width of the decoder, where it differs from `dim`
     z_dim: int = 16
     dim_mult: tuple = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple = (False, True, True)
+    patch: int = 1  # Wan2.2: squares of 2x2 pixels become channels first
+    stage_shortcuts: bool = False  # Wan2.2: around the layers of each resolution
     latents_mean: tuple = MEAN
     latents_std: tuple = STD
 
@@ -66,7 +81,19 @@ class VAEConfig:
             raise ValueError(f"latents_mean and latents_std need z_dim = {self.z_dim} values each")
 
 
-PRESETS = {"wan2.1": VAEConfig(), "tiny": VAEConfig(dim=8, num_res_blocks=1)}
+PRESETS = {
+    "wan2.1": VAEConfig(),
+    "wan2.2": VAEConfig(
+        dim=160,
+        decoder_dim=256,
+        z_dim=48,
+        patch=2,
+        stage_shortcuts=True,
+        latents_mean=MEAN_2_2,
+        latents_std=STD_2_2,
+    ),
+    "tiny": VAEConfig(dim=8, num_res_blocks=1),
+}
 
 # Inside the networks x is (B, T, H, W, C): convolutions and norms are fastest on this order in
 # memory, on CPU and GPU alike. `cache` is the dict of every layer's past, or None for a lone
@@ -183,11 +210,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles, if `temporal`, all frames but the first, then height and width; halves channels."""
+    """Doubles, if `temporal`, all frames but the first, then height and width."""
 
-    def __init__(self, dim, temporal):
+    def __init__(self, dim, out_dim, temporal):
         super().__init__()
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim // 2, 3))
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, out_dim, 3))
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x, cache):
@@ -220,20 +247,76 @@ def head_layers(dim, out_dim):
     return nn.Sequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim, (3, 3, 3)))
 
 
+def to_patches(x, p):
+    """Squares of p x p pixels become channels: (B, T, H, W, C) -> (B, T, H/p, W/p, C*p*p)."""
+    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, T, h, row, w, column, C)
+    return x.permute(0, 1, 2, 4, 6, 5, 3).flatten(4)
+
+
+def to_pixels(x, p):
+    """The reverse of `to_patches`."""
+    x = x.unflatten(-1, (-1, p, p))  # (B, T, h, w, C, column, row)
+    return x.permute(0, 1, 2, 6, 3, 5, 4).flatten(4, 5).flatten(2, 3)
+
+
+class DownStage(nn.Module):
+    """One resolution of the Wan2.2 encoder: layers, and a shortcut of means around all of them."""
+
+    def __init__(self, layers, dim, temporal):
+        super().__init__()
+        self.downsamples = nn.Sequential(*layers)
+        self.dim = dim  # channels that come out
+        self.space = 1 if temporal is None else 2
+        self.time = 2 if temporal else 1
+
+    def forward(self, x, cache):
+        y = F.pad(x, (0, 0, 0, 0, 0, 0, -x.shape[1] % self.time, 0))  # frame 0 comes alone
+        y = y.unflatten(3, (-1, self.space)).unflatten(2, (-1, self.space))
+        y = y.unflatten(1, (-1, self.time))  # (B, f, time, h, row, w, column, C)
+        y = y.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(4)  # (B, f, h, w, C*time*row*column)
+        return run(self.downsamples, x, cache) + y.unflatten(-1, (self.dim, -1)).mean(-1)
+
+
+class UpStage(nn.Module):
+    """One resolution of the Wan2.2 decoder: layers, and a shortcut of copies around all of them."""
+
+    def __init__(self, layers, dim, temporal):
+        super().__init__()
+        self.upsamples = nn.Sequential(*layers)
+        self.dim = dim  # channels that come out
+        self.space, self.time = 2, 2 if temporal else 1
+        self.shortcut = temporal is not None  # not around the last resolution
+
+    def forward(self, x, cache):
+        if not self.shortcut:
+            return run(self.upsamples, x, cache)
+        copies = self.dim * self.time * self.space**2 // x.shape[-1]
+        y = x.repeat_interleave(copies, dim=-1)
+        y = y.unflatten(-1, (self.dim, self.time, self.space, self.space))
+        y = y.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, f, time, h, row, w, column, C)
+        y = y.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (B, t, H, W, C)
+        x = run(self.upsamples, x, cache)
+        return x + y[:, -x.shape[1] :]  # of frame 0, the last of its copies
+
+
 class Encoder(nn.Module):
     """The next frames of a clip, (B, t, H, W, 3) -> (B, f, h, w, 2 * z_dim)."""
 
     def __init__(self, config):
         super().__init__()
-        width, layers = config.dim, []
-        self.conv1 = CausalConv3d(3, width, (3, 3, 3))
+        width, stages = config.dim, []
+        self.conv1 = CausalConv3d(3 * config.patch**2, width, (3, 3, 3))
         for mult, temporal in zip(config.dim_mult, (*config.temporal_downsample, None)):
+            layers = []
             for _ in range(config.num_res_blocks):
                 layers.append(ResidualBlock(width, config.dim * mult))
                 width = config.dim * mult
             if temporal is not None:
                 layers.append(Downsample(width, temporal))
-        self.downsamples = nn.Sequential(*layers)
+            if config.stage_shortcuts:
+                layers = [DownStage(layers, width, temporal)]
+            stages += layers
+        self.downsamples = nn.Sequential(*stages)
         self.middle = middle_layers(width)
         self.head = head_layers(width, config.z_dim * 2)
 
@@ -249,18 +332,24 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, layers = config.dim * config.dim_mult[-1], []
+        dim = config.decoder_dim or config.dim
+        width, stages = dim * config.dim_mult[-1], []
         self.conv1 = CausalConv3d(config.z_dim, width, (3, 3, 3))
         self.middle = middle_layers(width)
         for mult, temporal in zip(config.dim_mult[::-1], (*config.temporal_downsample[::-1], None)):
+            layers = []
             for _ in range(config.num_res_blocks + 1):  # one more than in the encoder
-                layers.append(ResidualBlock(width, config.dim * mult))
-                width = config.dim * mult
-            if temporal is not None:
-                layers.append(Upsample(width, temporal))
-                width = width // 2
-        self.upsamples = nn.Sequential(*layers)
-        self.head = head_layers(width, 3)
+                layers.append(ResidualBlock(width, dim * mult))
+                width = dim * mult
+            if temporal is not None:  # Wan2.1 halves the channels here, Wan2.2 keeps them
+                out_dim = width if config.stage_shortcuts else width // 2
+                layers.append(Upsample(width, out_dim, temporal))
+                width = out_dim
+            if config.stage_shortcuts:
+                layers = [UpStage(layers, width, temporal)]
+            stages += layers
+        self.upsamples = nn.Sequential(*stages)
+        self.head = head_layers(width, 3 * config.patch**2)
 
     def forward(self, x, cache):
         x = self.conv1(x, cache)
@@ -271,7 +360,7 @@ class Decoder(nn.Module):
 
 def to_video(frames, like):
     """uint8 (T, H, W, 3) -> (1, 3, T, H, W) in [-1, 1], with the dtype and device of `like`."""
-    video = torch.from_numpy(frames).to(like.device).permute(3, 0, 1, 2)[None].to(like.dtype)
+    video = torch.tensor(frames).to(like.device).permute(3, 0, 1, 2)[None].to(like.dtype)
     return video.div_(127.5).sub_(1)  # in place: a copy of a clip takes gigabytes
 
 
@@ -301,7 +390,7 @@ class WanVAE(nn.Module):
     @property
     def spatial_stride(self):
         """Pixels per latent pixel, in height and in width."""
-        return 2 ** len(self.config.temporal_downsample)
+        return self.config.patch * 2 ** len(self.config.temporal_downsample)
 
     @property
     def temporal_stride(self):
@@ -345,7 +434,10 @@ class WanVAE(nn.Module):
         check_video(self, video)
         chunks = split_frames(video, chunk * self.temporal_stride)
         cache = {} if len(chunks) > 1 else None
-        features = [self.encoder(self.channels_last(frames), cache) for frames in chunks]
+        features = []
+        for frames in chunks:
+            x = to_patches(self.channels_last(frames), self.config.patch)
+            features.append(self.encoder(x, cache))
         features = pointwise(torch.cat(features, dim=1), self.conv1)  # (B, F, h, w, 2 * z_dim)
         return features.movedim(-1, 1).contiguous().chunk(2, dim=1)
 
@@ -360,7 +452,7 @@ class WanVAE(nn.Module):
         cache = {} if len(chunks) > 1 else None
         for latents in chunks:
             x = pointwise(self.channels_last(latents), self.conv2)
-            yield self.decoder(x, cache).movedim(-1, 1)
+            yield to_pixels(self.decoder(x, cache), self.config.patch).movedim(-1, 1)
 
     def channels_last(self, x):
         return x.to(self.conv1.weight).movedim(1, -1).contiguous()
@@ -374,14 +466,17 @@ class WanVAE(nn.Module):
         dtype None keeps what is stored. Raises FileNotFoundError or ValueError.
         """
         file = checkpoint_file(path)
-        config = read_config(file.parent / "config.json")
-        with torch.device("meta"):
-            model = cls(config)
-        tensors = official_names(read_tensors(file), config)
+        tensors = read_tensors(file)
+        nested = any(".downsamples.0.downsamples." in name for name in tensors)
+        released = PRESETS["wan2.2" if nested else "wan2.1"]
+        config = read_config(file.parent / "config.json", released)
+        tensors = official_names(tensors, config)
         tensors = {name: t.to(device, dtype or t.dtype) for name, t in tensors.items()}
         try:
+            with torch.device("meta"):
+                model = cls(config)
             model.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:  # it names what is missing, left over or of another shape
+        except (RuntimeError, TypeError) as error:  # it names what is missing or does not fit
             raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
         model.set_latent_statistics(config.latents_mean, config.latents_std)  # they were on meta
         return model
@@ -393,12 +488,16 @@ class WanVAE(nn.Module):
         config = {"_class_name": "AutoencoderKLWan", "attn_scales": []}
         for key, name in CONFIG_KEYS.items():
             config[key] = getattr(self.config, name)
+        config["decoder_base_dim"] = self.config.decoder_dim or None
+        config["patch_size"] = self.config.patch if self.config.patch > 1 else None
+        config["in_channels"] = config["out_channels"] = 3 * self.config.patch**2
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
         # By way of another name: the tensors may be mapped from the file that is there.
         partial = folder / "model.safetensors.partial"
         save_file(tensors, partial)
-        os.replace(partial, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(folder / "config.json", partial)  # safetensors makes it private
+        os.replace(partial, folder / "model.safetensors")
 
 
 def split_frames(x, size):
@@ -428,6 +527,9 @@ def check_latents(vae, z):
 
 CONFIG_KEYS = {
     "base_dim": "dim",
+    "decoder_base_dim": "decoder_dim",
+    "is_residual": "stage_shortcuts",
+    "patch_size": "patch",
     "z_dim": "z_dim",
     "dim_mult": "dim_mult",
     "num_res_blocks": "num_res_blocks",
@@ -458,20 +560,28 @@ RENAMES = {
 def official_names(tensors, config):
     """Renames diffusers' tensors; official ones pass unchanged.
 
-    diffusers nests the decoder's upsampling layers by resolution. The official list is flat:
-    num_res_blocks + 1 residual blocks, then the upsampling.
+    Both nest the layers of a resolution in Wan2.2. In Wan2.1 diffusers nests the decoder, and
+    the official list is flat: num_res_blocks + 1 residual blocks, then the upsampling.
     """
     if not any("_block" in name for name in tensors):
         return tensors
-    per_resolution = config.num_res_blocks + 2
+    blocks = config.num_res_blocks
+
+    def nested(match):
+        side, resolution, layer = match[1], match[2], match[3]
+        index = {"downsampler": blocks, "upsampler": blocks + 1}.get(layer) or match[4]
+        return f".{side}samples.{resolution}.{side}samples.{index}."
 
     def flat(match):
         resolution, layers, index = int(match[1]), match[2], int(match[3])
-        last = per_resolution - 1 if layers == "upsamplers" else 0
-        return f".upsamples.{resolution * per_resolution + index + last}."
+        last = blocks + 1 if layers == "upsamplers" else 0
+        return f".upsamples.{resolution * (blocks + 2) + index + last}."
 
     renamed = {}
     for name, tensor in tensors.items():
+        if config.stage_shortcuts:
+            name = re.sub(r"\.(down|up)_blocks\.(\d+)\.(resnets)\.(\d+)\.", nested, name)
+            name = re.sub(r"\.(down|up)_blocks\.(\d+)\.(downsampler|upsampler)\.", nested, name)
         name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, name)
         for theirs, official in RENAMES.items():
             name = name.replace(theirs, official)
@@ -479,28 +589,28 @@ def official_names(tensors, config):
     return renamed
 
 
-def read_config(file):
-    """VAEConfig from a config.json; the released one without it, or if the file is the DiT's.
+def read_config(file, released=VAEConfig()):
+    """VAEConfig from a config.json. What it leaves out is as `released`.
 
-    The official repository puts Wan2.1_VAE.pth beside the DiT and its config.json.
+    The official repositories put the VAE's .pth beside the DiT and its config.json.
     """
     if not file.exists():
-        return VAEConfig()
+        return released
     try:
         raw = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from None
     if raw.get("_class_name") == "WanModel":
-        return VAEConfig()
-    if raw.get("is_residual") or raw.get("patch_size") or raw.get("attn_scales"):
-        raise ValueError(f"{file} does not describe the Wan2.1 VAE")
-    names = {field.name for field in fields(VAEConfig)}
-    raw = {CONFIG_KEYS.get(key, key): value for key, value in raw.items()}
+        return released
+    if raw.get("attn_scales"):
+        raise ValueError(f"{file} has attn_scales, which the VAEs of Wan2.1 and Wan2.2 have not")
+    settings = {}
     for key, value in raw.items():
-        if isinstance(value, list):
-            raw[key] = tuple(value)
+        name = CONFIG_KEYS.get(key, key)
+        if value is not None and name in CONFIG_KEYS.values():
+            settings[name] = tuple(value) if isinstance(value, list) else value
     try:
-        config = VAEConfig(**{name: value for name, value in raw.items() if name in names})
+        config = replace(released, **settings)
         if not all(map(math.isfinite, config.latents_mean)) or not min(config.latents_std) > 0:
             raise ValueError("latents_mean should be numbers, latents_std above 0")
         return config
@@ -509,14 +619,17 @@ def read_config(file):
 
 
 def checkpoint_file(path):
-    """The file that holds the weights: `path`, or in a folder Wan2.1_VAE.pth or the only file."""
+    """The file that holds the weights: `path`, or in a folder Wan2.?_VAE.pth or the only file."""
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; it should be the VAE's checkpoint")
-    if (path / "Wan2.1_VAE.pth").is_file():
-        return path / "Wan2.1_VAE.pth"
+    for name in ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth"):  # the DiT's files may lie beside it
+        if (path / name).is_file():
+            return path / name
+    if any(path.glob("*.index.json")):
+        raise ValueError(f"{path} holds an index of shards; the VAE comes in one file")
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
     if len(files) != 1:
         raise FileNotFoundError(f"{path} holds {len(files)} checkpoint files; it should be one")

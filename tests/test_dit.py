@@ -588,8 +588,8 @@ def test_shapes_that_do_not_go_together(model, change, message):
         (dict(num_layers=1), "blocks.1"),
         (dict(num_layers=3), "blocks.2"),
         (dict(num_layers=10**12), "too few tensors for 1000000000000 layers"),
-        (dict(model_type="i2v"), "no text-to-video model"),
-        (dict(image_dim=1280, added_kv_proj_dim=5120), "no text-to-video model"),
+        (dict(model_type="i2v"), "no Wan model"),
+        (dict(image_dim=1280, added_kv_proj_dim=5120), "no Wan model"),
     ],
 )
 def test_configs_that_make_no_model(folder, change, message):

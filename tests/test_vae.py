@@ -547,9 +547,9 @@ def test_pickles_cannot_run_code(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"is_residual": True}, "does not describe the Wan2.1 VAE"),
-        ({"patch_size": 2}, "does not describe the Wan2.1 VAE"),
-        ({"attn_scales": [1.0]}, "does not describe the Wan2.1 VAE"),
+        ({"is_residual": True}, "Missing key"),
+        ({"patch_size": 2}, "size mismatch for encoder.conv1"),
+        ({"attn_scales": [1.0]}, "has attn_scales"),
         ({"z_dim": 8}, "z_dim = 8"),
         ({"dim_mult": 3}, "config.json: "),
         ({"latents_std": [0.0] * 16}, "latents_std above 0"),
@@ -557,7 +557,7 @@ def test_pickles_cannot_run_code(tmp_path):
     ],
 )
 def test_bad_configs(folder, change, message):
-    """A config of another VAE (Wan2.2's, say) must not be read as this one."""
+    """A config of another VAE must not be read as if it were that of these tensors."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=message) as raised:
