@@ -4,6 +4,8 @@ import functools
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
