@@ -22,7 +22,6 @@ import os
 import platform
 import re
 import signal
-import statistics
 import sys
 import time
 import warnings
@@ -35,7 +34,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import ColorRange
+from av.video.reformatter import ColorRange, VideoReformatter
 from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -47,12 +46,9 @@ ANIMATED_FORMATS = ("PNG", "WEBP", "GIF")
 CLIP_FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,mxf,dv,h264,hevc,ivf,nut,yuv4mpegpipe"
 )
-# Of these photos a preview or a single tile would be opened. Most camera raw files are TIFFs.
-RAW_SUFFIXES = set(
-    ".3fr .arw .cr2 .cr3 .dng .erf .iiq .kdc .mos .nef .nrw .orf .pef .raf .rw2 .srw".split()
-)
+# Of HEIC, AVIF and camera raw photos only a tile or a preview would be opened.
 PHOTO_BRANDS = (b"hei", b"hev", b"mif", b"avi", b"crx")
-NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706
+NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706  # tags of a TIFF, as most camera raw files are
 # Of a TIFF's tags those that are about the picture, not about where in the file its pixels are:
 # description, camera, software, date, author, copyright, EXIF, GPS.
 TIFF_TAGS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, 0x8769, 0x8825}
@@ -69,40 +65,40 @@ IMAGE_OPTIONS = {
 # For clips: FFmpeg's container, codec, pixel format, and options of the codec.
 H264 = ("libx264", "yuv420p", {"preset": "medium", "crf": "16"})
 VP9 = {"crf": "18", "b": "0", "cpu-used": "3"}
-GIF = ("gif", "gif", "pal8", {})
-WEBP = ("webp", "libwebp_anim", "bgra", {"quality": "95"})
 CLIP_OPTIONS = {
     ".mp4": ("mp4", *H264),
     ".mov": ("mov", *H264),
     ".mkv": ("matroska", *H264),
     ".webm": ("webm", "libvpx-vp9", "yuv420p", VP9),
-    ".gif": GIF,
-    ".webp": WEBP,
+    ".gif": ("gif", "gif", "pal8", {}),
+    ".webp": ("webp", "libwebp_anim", "bgra", {"quality": "95"}),
     ".png": ("apng", "apng", "rgb24", {}),
 }
+ANIMATIONS = (".gif", ".webp", ".png")
 TRANSPARENT_CLIP_OPTIONS = {
     ".mov": ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
     ".webm": ("webm", "libvpx-vp9", "yuva420p", VP9),
-    ".gif": GIF,
-    ".webp": WEBP,
+    ".gif": CLIP_OPTIONS[".gif"],
+    ".webp": CLIP_OPTIONS[".webp"],
     ".png": ("apng", "apng", "rgba", {}),
 }
-ANIMATIONS = (".gif", ".webp", ".png")
 THREADS = 4  # fixed, because x264 and VP9 code differently with another number
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ignore transparency
 
-# Between RGB and YUV FFmpeg is quick by default, and darkens a clip by a level each time.
-EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
 # Colors of a clip are code points of ITU-T H.273: matrix, primaries, transfer.
 BT709, BT601 = (1, 1, 1), (6, 2, 2)
-UNKNOWN, BT2020, FULL_RANGE = 2, 9, 2
+UNKNOWN, BT2020 = 2, 9
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
-MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020"}
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # H.273's number: swscale's
+# swscale's bicubic, full chroma, accurate rounding. By default it is quick, and darkens a clip by a
+# level each time that it goes from RGB to YUV or back.
+EXACT = 4 | 0x2000 | 0x40000
 
 LEAD_IN = 0.1  # seconds of sound that are kept before the first frame, since decoders need them
 TECHNICAL_TITLES = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration"}
-SMALLEST, LARGEST, LARGEST_AREA = 16, 8192, 4096 * 4096  # pixels
-WEBP_SIDE = 16383  # the longest that the format can say
+SMALLEST = 16  # pixels a side
+LARGEST = 8191  # pixels a side; WebP holds twice as many, which --compare needs
+LARGEST_AREA = 4096 * 4096
 MOST_NARROW = 200  # the MLLM takes sides of less than 200 to 1
 REPORT_EVERY = 10  # seconds, where stderr is no terminal
 DEFAULT_WEIGHTS = Path(__file__).resolve().parent / "weights" / "shapes"
@@ -137,33 +133,26 @@ class Media:
     def is_video(self):
         return self.fps is not None
 
-    @property
-    def steady(self):
-        """Whether the frame rate is constant."""
-        return not self.times
-
 
 # Media in
 
 
-def read_frames(path, limit=None, size=None, check=None):
+def read_frames(path, limit=None, size=None):
     """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of numbers).
 
     Args:
         limit: at most so many frames are decoded. None for all.
         size: (width, height) to which every frame is scaled. None for its own.
-        check: called as check(path, width, height) before much is decoded; it may raise MediaError.
 
     Returns: Media. Frames are turned as the file says, and laid on white where transparent.
     Raises FileNotFoundError, or MediaError for anything else than a whole image or clip.
     """
-    path, check = Path(path), check or (lambda path, width, height: None)
+    path = Path(path)
     if path.is_dir():
-        return read_folder(path, limit, size, check)
+        return read_folder(path, limit, size)
     with open_image(path) as image:
         if image is None:
-            return read_clip(path, limit, size, check)
-        check(path, *(size or image.size))
+            return read_clip(path, limit, size)
         if frame_count(image) > 1:
             return read_animation(path, image, limit, size)
         return read_image(path, image, size)
@@ -180,8 +169,8 @@ def media_shape(path):
             clip = read_clip(path, 1)
             return clip.total, *clip.frames.shape[1:3]
         length = frame_count(image)
-        turned = length == 1 and orientation(image) > 4
-        return length, *(image.size if turned else image.size[::-1])
+        lies = length == 1 and orientation(image) > 4
+        return length, *(image.size if lies else image.size[::-1])
 
 
 @contextlib.contextmanager
@@ -197,14 +186,9 @@ def open_image(path):
             image = None
         with image or contextlib.nullcontext():
             if is_preview(path, image):
-                kind = "a camera raw file, or a HEIC or AVIF photo"
-                raise MediaError(f"{path} is {kind}; convert it to JPEG, PNG or TIFF first")
+                photo = "a camera raw file, or a HEIC or AVIF photo"
+                raise MediaError(f"{path} is {photo}; convert it to JPEG, PNG or TIFF first")
             yield image
-    except Image.DecompressionBombError:
-        most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise MediaError(
-            f"{path} has more than {most:.0f} million pixels; scale it first"
-        ) from None
     except MediaError:
         raise
     except Exception as error:  # each decoder fails in its own way
@@ -218,13 +202,11 @@ def is_preview(path, image):
     """Whether only a preview or a tile of a photo would be opened: camera raw, HEIC, AVIF."""
     with path.open("rb") as file:
         head = file.read(12)
-    if head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS:
-        return True
     if image and image.format == "TIFF":
         tags = image.tag_v2
-        if head[8:10] == b"CR" or DNG_VERSION in tags or tags.get(NEW_SUBFILE_TYPE, 0) & 1:
-            return True
-    return path.suffix.lower() in RAW_SUFFIXES
+        is_reduced = tags.get(NEW_SUBFILE_TYPE, 0) & 1
+        return is_reduced or DNG_VERSION in tags or head[8:10] == b"CR"
+    return head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS
 
 
 def frame_count(image):
@@ -240,8 +222,8 @@ def frame_files(path):
     """The images of a folder, frame_2.png before frame_10.png, without hidden ones."""
 
     def by_numbers(file):
-        parts = re.split(r"(\d+)", file.name)
-        return [int(part) if part.isdecimal() else part for part in parts]
+        pieces = re.split(r"(\d+)", file.name)
+        return [int(piece) if piece.isdecimal() else piece for piece in pieces]
 
     files = [file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_OPTIONS]
     if not files:
@@ -249,12 +231,12 @@ def frame_files(path):
     return sorted(files, key=by_numbers)
 
 
-def read_folder(path, limit, size, check):
+def read_folder(path, limit, size):
     """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
     files = frame_files(path)
     frames, shapes = [], set()
     for file in files[:limit]:
-        frame = read_frames(file, 1, check=lambda path, *own: check(path, *(size or own))).frames[0]
+        frame = read_frames(file, 1).frames[0]
         shapes.add(frame.shape)
         frames.append(fit(frame, size))
     if len(shapes) != 1:
@@ -264,7 +246,8 @@ def read_folder(path, limit, size, check):
 
 def read_image(path, image, size):
     """A PIL image -> Media of one frame, with its transparency, color profile and EXIF."""
-    profile, remarks, is_tiff = {}, [], image.format == "TIFF"
+    profile, remarks = {}, []
+    is_tiff = image.format == "TIFF"
     if orientation(image) > 1:
         image = ImageOps.exif_transpose(image)
     try:
@@ -372,39 +355,41 @@ def open_clip(path):
             yield container, tracks[0]
 
 
-def read_clip(path, limit=None, size=None, check=None):
+def read_clip(path, limit=None, size=None):
     """A clip -> Media."""
-    total, remarks, frames, alphas, stamps = count_frames(path), [], [], [], []
+    total, reformatter = count_frames(path), VideoReformatter()
+    remarks, frames, alphas, stamps = [], [], [], []
     with open_clip(path) as (container, track):
         pictures = decode(container, track)
         first = next(pictures, None)
         if first is None:
             raise MediaError(f"{path} has no frame that can be decoded")
-        turn = sideways, _, _ = turn_of(first)
-        aspect, own_size = Fraction(track.sample_aspect_ratio or 1), (first.width, first.height)
-        if sideways:
-            aspect, own_size = 1 / aspect, own_size[::-1]
-        size = size or own_size
-        if check:
-            check(path, *size)
-        colors, components = clip_colors(first, track), first.format.components
-        transparent = first.format.has_palette or any(part.is_alpha for part in components)
+        display, components = display_matrix(first), first.format.components
+        aspect, resized = Fraction(track.sample_aspect_ratio or 1), size is not None
+        if first.rotation % 180:
+            aspect = 1 / aspect
+        colors = clip_colors(first, track)
+        matrix = MATRICES[(colors or default_colors(first.width, first.height))[0]]
+        transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
         layout = "rgba" if transparent else "rgb24"
-        pictures = itertools.chain([first], pictures)
-        for picture in to_rgb(pictures, layout, colors, remarks):
+        for picture in deinterlaced(itertools.chain([first], pictures), remarks):
             if picture.pts is not None:
                 stamps.append(picture.pts * picture.time_base)
             lasts = (picture.duration or 0) * picture.time_base
             if len(frames) == limit:  # one more frame tells how long the last one is shown
                 break
-            frame, alpha = pixels(Image.fromarray(turned(picture.to_ndarray(), turn)))
+            rgb = reformatter.reformat(
+                picture, format=layout, src_colorspace=matrix, interpolation=EXACT
+            )
+            frame, alpha = pixels(Image.fromarray(upright(rgb.to_ndarray(), display)))
+            size = size or frame.shape[1::-1]
             frames.append(fit(frame, size))
             if alpha is not None:
                 alphas.append(fit(alpha, size))
         rates = [track.guessed_rate, track.average_rate, track.base_rate]
         rates = [rate for rate in rates if rate]
         fps, times = frame_rate(stamps, len(frames), lasts, track.time_base, rates)
-        bits = max(part.bits for part in components)
+        bits = max(channel.bits for channel in components)
         if colors and colors[2] in HDR_TRANSFERS:
             kept = "the result keeps its label, but has 8 bits per color"
             remarks.append(f"is HDR ({HDR_TRANSFERS[colors[2]]}); {kept}")
@@ -420,7 +405,7 @@ def read_clip(path, limit=None, size=None, check=None):
             start=min(stamps, default=Fraction(0)),
             sound=len(container.streams.audio) > 0,
             colors=colors,
-            aspect=aspect if aspect != 1 and size == own_size else None,
+            aspect=None if resized or aspect == 1 else aspect,
             remarks=remarks,
         )
 
@@ -464,54 +449,18 @@ def decode(container, track):
                 raise
 
 
-def turn_of(picture):
-    """How a clip is shown: (sideways, then upside down, mirrored). x' = ax + cy, y' = bx + dy."""
-    data = picture.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return False, False, False
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
-
-
-def turned(frame, turn):
-    """Turns an array (H, W, C) by quarters and mirrors it."""
-    sideways, upside_down, mirrored = turn
-    frame = frame.swapaxes(0, 1) if sideways else frame
-    return np.ascontiguousarray(frame[:: -1 if upside_down else 1, :: -1 if mirrored else 1])
-
-
-def to_rgb(pictures, layout, colors, remarks):
-    """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
-    graph = now = interlaced = None
+def deinterlaced(pictures, remarks):
+    """Yields av.VideoFrames; from the first interlaced one on they are made whole."""
+    graph = None
     for picture in pictures:
-        interlaced = interlaced or picture.interlaced_frame
-        before, now = now, (picture.width, picture.height, picture.format.name, interlaced)
-        if now != before:  # seldom after the first
-            yield from pulled(graph, None) if graph else ()
-            scale = EXACT
-            if not picture.format.is_rgb:
-                matrix = (colors or default_colors(picture.width, picture.height))[0]
-                limits = "full" if picture.color_range == FULL_RANGE else "auto"
-                scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
-            filters = [("scale", scale), ("format", f"pix_fmts={layout}")]
-            if interlaced:
-                filters.insert(0, ("bwdif", "mode=send_frame"))
-            size = picture.width, picture.height
-            graph = filter_graph(size, picture.format.name, picture.time_base, filters)
-        yield from pulled(graph, picture)
-    if interlaced:
-        remarks.append("is interlaced; the result is not")
-    yield from pulled(graph, None)
-
-
-def filter_graph(size, layout, tick, filters):
-    """FFmpeg's filters [(name, arguments)] in a row."""
-    graph = av.filter.Graph()
-    width, height = size
-    source = graph.add_buffer(width=width, height=height, format=layout, time_base=tick)
-    nodes = [graph.add(name, arguments) for name, arguments in filters]
-    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
-    return graph
+        if picture.interlaced_frame and not graph:
+            remarks.append("is interlaced; the result is not")
+            graph = av.filter.Graph()
+            source, sink = graph.add_buffer(picture), graph.add("buffersink")
+            graph.link_nodes(source, graph.add("bwdif", "mode=send_frame"), sink).configure()
+        yield from pulled(graph, picture) if graph else [picture]
+    if graph:
+        yield from pulled(graph, None)
 
 
 def pulled(graph, picture):
@@ -520,6 +469,23 @@ def pulled(graph, picture):
     with contextlib.suppress(av.BlockingIOError, av.EOFError):
         while True:
             yield graph.pull()
+
+
+def display_matrix(picture):
+    """(a, b, c, d): up to a shift, the pixel (x, y) is shown at (ax + cy, bx + dy)."""
+    data = picture.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def upright(array, display):
+    """Turns an array (H, W, C) by quarters and mirrors it, as its display matrix says."""
+    a, b, c, d = display
+    if abs(b) > abs(a):
+        array, a, d = array.swapaxes(0, 1), c, b
+    return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def clip_colors(picture, track):
@@ -593,7 +559,7 @@ def unfinished_path(path):
 
 def sweep(folder):
     """Removes what killed processes of this machine left unfinished."""
-    leftovers = Path(folder).glob(f".????????-{platform.node()}-*.partial")
+    leftovers = folder.glob(f".????????-{platform.node()}-*.partial")
     for file in leftovers if os.name == "posix" else ():  # elsewhere asking ends the process
         try:
             os.kill(int(file.stem.rpartition("-")[2]), 0)  # asks only
@@ -611,30 +577,29 @@ def without_white(frame, alpha):
 
 
 def image_options(suffix, source):
-    """Arguments of PIL's save, tried on one pixel -> (dict, whether EXIF has room)."""
+    """Arguments of PIL's save; without EXIF where the format has no room for it."""
+    options = IMAGE_OPTIONS[suffix]
     if suffix == ".gif":
-        return IMAGE_OPTIONS[suffix], True
-    options = IMAGE_OPTIONS[suffix] | source.profile
+        return options
     try:
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), **options)
-        return options, True
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), **options, **source.profile)
+        return options | source.profile
     except Exception:  # a JPEG has room for 64 KB
-        options.pop("exif", None)
-        return options, False
+        icc = source.profile.get("icc_profile")
+        return options | {"icc_profile": icc}
 
 
 def write_image(path, frame, source=None):
     """Writes uint8 (H, W, 3) as the extension says, with alpha, profile and EXIF of a Media."""
-    path, source = Path(path), source or Media(Path(path), frame[None])
-    suffix = path.suffix.lower()
-    options, _ = image_options(suffix, source)
+    path = Path(path)
+    source, suffix = source or Media(path, frame[None]), path.suffix.lower()
     image = Image.fromarray(frame)
     if source.alpha is not None and suffix in (".png", ".webp"):
         image = Image.fromarray(without_white(frame, source.alpha[0]))
     if suffix == ".gif" and "icc_profile" in source.profile:
         image = to_srgb(image, source.profile["icc_profile"])
     with whole(path) as unfinished:
-        image.save(unfinished, **options)
+        image.save(unfinished, **image_options(suffix, source))
 
 
 def write_clip(path, frames, fps, source=None):
@@ -649,8 +614,8 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
     """Gives write(frame) for a clip of `shape` (T, H, W, 3) at `fps`, as the extension says.
 
     What can fail fails before: the encoder is open, and sound and header are written. Sound and
-    subtitles are copied where the format takes them; else sound is coded anew. They are cut where
-    the frames are only the first of the source.
+    subtitles are copied where the format takes them; else sound is coded anew, in stereo. They are
+    cut where the frames are only the first of the source.
 
     Args:
         source: the Media whose times, colors, transparency, tracks and titles go along.
@@ -658,32 +623,38 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
 
     Raises OSError if the file cannot be written.
     """
-    path, source = Path(path), source or Media(Path(path), None)
-    suffix, length = path.suffix.lower(), shape[0]
+    path = Path(path)
+    source, suffix, length = source or Media(path, None), path.suffix.lower(), shape[0]
     transparent = source.alpha is not None and suffix in TRANSPARENT_CLIP_OPTIONS
     if source.alpha is not None and not transparent:
         note(f"{suffix} cannot be transparent here; the result lies on white")
     options = (TRANSPARENT_CLIP_OPTIONS if transparent else CLIP_OPTIONS)[suffix]
-    tick, stamps = schedule(suffix, length, Fraction(fps), source.times)
-    durations = dict(zip(stamps, np.diff(stamps).tolist()))
+    fps = Fraction(fps).limit_denominator(100_000)
+    tick, stamps = schedule(suffix, length, fps, source.times)
     if len(set(stamps)) <= length:
         note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
-    if source.aspect and suffix == ".webm":  # PyAV has no way to say it
-        note(f"{suffix} is written with square pixels; those of {source.path} are not")
+    durations = dict(zip(stamps, np.diff(stamps).tolist()))
     layout = "rgba" if transparent else "rgb24"
+    muxing = muxer_options(suffix, source.loop, durations[stamps[-2]] * tick)
     try:
-        lasts = (stamps[-1] - stamps[-2]) * tick
         with (
             whole(path) as unfinished,
-            open_output(unfinished, suffix, options[0], source.loop, lasts) as container,
+            av.open(str(unfinished), "w", options[0], container_options=muxing) as container,
         ):
-            track = add_pictures(container, options, shape, Fraction(fps), tick, source)
-            if source.start is not None and suffix not in ANIMATIONS:
+            container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
+            track = add_pictures(container, options, shape, fps, tick, source)
+            if suffix not in ANIMATIONS and source.start is not None:
                 end = float(stamps[-1] * tick) if source.total > length else math.inf
                 add_other_tracks(container, source, end, note)
+            elif source.sound:
+                note(f"{suffix} holds no sound; that of {source.path} is left out")
             container.start_encoding()
-            graph = to_encoder(track, shape, layout, tick)
-            numbers = itertools.count()
+            context, reformatter, numbers = (
+                track.codec_context,
+                VideoReformatter(),
+                itertools.count(),
+            )
+            palette = palette_graph(shape, layout, tick) if suffix == ".gif" else None
 
             def mux(pictures):
                 for picture in pictures:
@@ -693,21 +664,28 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
 
             def write(frame):
                 i = next(numbers)
+                if stamps[i] in stamps[:i]:
+                    return
                 if transparent:
                     frame = without_white(frame, source.alpha[i])
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
                 picture.pts, picture.time_base = stamps[i], tick
-                if stamps[i] not in stamps[:i]:
-                    mux(pulled(graph, picture))
-                # WebP shows the last frame as long as the average of all others. If it should be
-                # longer, it is sent again, at the time from which the average reaches the end.
-                again = round(stamps[-1] * length / (length + 1))
-                if suffix == ".webp" and i + 1 == length and again > stamps[i] + 1:
-                    picture.pts = again
-                    mux(pulled(graph, picture))
+                if palette:
+                    mux(pulled(palette, picture))
+                else:
+                    picture = reformatter.reformat(
+                        picture,
+                        format=context.pix_fmt,
+                        dst_colorspace=MATRICES.get(context.colorspace),
+                        dst_color_range=context.color_range,
+                        interpolation=EXACT,
+                    )
+                    mux([picture])
 
             yield write
-            mux([*pulled(graph, None), None])
+            if palette:
+                mux(pulled(palette, None))
+            mux([None])
     except av.FFmpegError as error:
         raise OSError(f"{path} could not be written: {error.strerror}") from None
 
@@ -722,40 +700,31 @@ def schedule(suffix, length, fps, times):
     gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
     if suffix == ".gif":
         tick = Fraction(1, 50 if min(gaps) < Fraction(1, 50) else 100)
-        stamps = [round(time / tick) for time in times]
-        return tick, [*stamps[:-1], max(stamps[-1], stamps[-2] + 1)]
-    if len(gaps) == 1:
-        return 1 / fps.limit_denominator(100_000), list(range(length + 1))
-    tick, stamps = Fraction(1, 90_000), [0]
-    for later in times[1:]:
-        stamps.append(max(stamps[-1] + 1, round(later / tick)))
-    return tick, stamps
+    else:
+        tick = min(gaps) if len(gaps) == 1 else Fraction(1, 90_000)
+    stamps = [round(time / tick) for time in times]
+    return tick, [*stamps[:-1], max(stamps[-1], stamps[-2] + 1)]
 
 
-def open_output(path, suffix, container, loop, lasts):
-    """The container of a clip, without version numbers and random ids.
+def muxer_options(suffix, loop, lasts):
+    """FFmpeg's options for a container; an animation plays `loop` times, its end `lasts` seconds.
 
-    Args:
-        loop: how often an animation plays; 0: for ever.
-        lasts: seconds that the last frame is shown.
+    WebP cannot say how long its last frame lasts: it is the average of the others.
     """
-    settings = {"max_interleave_delta": "0"}  # sound waits for pictures, which come much later
-    if suffix in (".mp4", ".mov"):
-        settings["movflags"] = "faststart"
-    elif suffix == ".png":
-        settings = {"plays": str(loop), "final_delay": str(lasts.limit_denominator(1000))}
-    elif suffix in ANIMATIONS:
+    if suffix == ".png":
+        return {"plays": str(loop), "final_delay": str(lasts.limit_denominator(1000))}
+    if suffix in ANIMATIONS:
         once = -1 if suffix == ".gif" else 1
-        settings = {"loop": str(once if loop == 1 else loop)}
-    container = av.open(str(path), "w", container, container_options=settings)
-    container.flags |= av.container.Flags.bitexact.value
-    return container
+        return {"loop": str(once if loop == 1 else loop)}
+    settings = {"max_interleave_delta": "0"}  # sound waits for pictures, which come much later
+    return settings | ({"movflags": "faststart"} if suffix in (".mp4", ".mov") else {})
 
 
 def add_pictures(container, options, shape, fps, tick, source):
     """Adds the picture track of a clip and opens its encoder -> the track."""
-    (_, codec, layout, settings), (height, width) = options, shape[1:3]
-    track = container.add_stream(codec, fps.limit_denominator(100_000), options=dict(settings))
+    _, codec, layout, settings = options
+    height, width = shape[1:3]
+    track = container.add_stream(codec, fps, options=dict(settings))
     context = track.codec_context
     context.width, context.height, context.pix_fmt = width, height, layout
     if codec == "libx264" and (width % 2 or height % 2):
@@ -772,17 +741,11 @@ def add_pictures(container, options, shape, fps, tick, source):
     return track
 
 
-def to_encoder(track, shape, layout, tick):
-    """The filters that make frames what the encoder takes. A GIF gets one palette for all."""
-    context, size = track.codec_context, shape[2:0:-1]
-    if context.pix_fmt != "pal8":
-        scale = EXACT
-        if context.colorspace in MATRICES:
-            scale += f":out_color_matrix={MATRICES[context.colorspace]}:out_range=limited"
-        filters = [("scale", scale), ("format", f"pix_fmts={context.pix_fmt}")]
-        return filter_graph(size, layout, tick, filters)
+def palette_graph(shape, layout, tick):
+    """FFmpeg's filters that give all frames of a GIF one palette, made when the last has come."""
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=size[0], height=size[1], format=layout, time_base=tick)
+    size = {"width": shape[2], "height": shape[1]}
+    source = graph.add_buffer(**size, format=layout, time_base=tick)
     split, palette, paint = map(graph.add, ("split", "palettegen", "paletteuse"))
     graph.link_nodes(source, split, paint, graph.add("buffersink"))
     split.link_to(palette, 1, 0)
@@ -793,7 +756,9 @@ def to_encoder(track, shape, layout, tick):
 
 def add_other_tracks(container, source, end, note):
     """Adds sound, subtitles, titles and chapters of a clip, up to `end` seconds."""
-    name, ways, left_out = container.format.name, {}, []
+    sound_codec = "libopus" if container.format.name == "webm" else "aac"
+    ways = {"audio": (None, sound_codec), "subtitle": (None,)}  # None copies
+    codecs, left_out = {}, []
     with open_clip(source.path) as (original, pictures):
         for title, text in original.metadata.items():
             if title.lower() not in TECHNICAL_TITLES:
@@ -806,88 +771,67 @@ def add_other_tracks(container, source, end, note):
         for track in original.streams:
             if track.index == pictures.index or track.type == "data":
                 continue
-            for way in ways_to_carry(track, "libopus" if name == "webm" else "aac"):
-                if fits(name, source, {track.index: way}, end):
-                    ways[track.index] = way
+            for codec in ways.get(track.type, ()):
+                if fits(container.format.name, source, {track.index: codec}, end):
+                    codecs[track.index] = codec
                     break
             else:
-                codec = track.codec_context.name if track.codec_context else "unknown codec"
-                left_out.append(f"{track.type} track {track.index} ({codec})")
-    carry(container, source, ways, end)
+                name = track.codec_context.name if track.codec_context else "unknown codec"
+                left_out.append(f"{track.type} track {track.index} ({name})")
+    if codecs:
+        carry(container, source, codecs, end)
     if left_out:
         note(f"{source.path}: left out of the result: {', '.join(left_out)}")
 
 
-def ways_to_carry(track, codec):
-    """How to bring a track into another file: None copies, (codec, layout) codes sound anew."""
-    if track.type in ("audio", "subtitle"):
-        yield None
-    if track.type == "audio" and track.codec_context:
-        layout = track.codec_context.layout
-        yield codec, layout.name
-        if layout.nb_channels > 2:  # encoders know few layouts; these hold nearly all others
-            yield codec, "5.1" if layout.nb_channels <= 6 else "7.1"
-        yield codec, "stereo"
-
-
-def fits(format_name, source, ways, end):
+def fits(format_name, source, codecs, end):
     """Whether a format takes tracks: they are written to memory."""
     try:
         with av.open(io.BytesIO(), "w", format_name) as trial:
-            carry(trial, source, ways, end)
+            carry(trial, source, codecs, end)
             trial.start_encoding()
         return True
     except Exception:  # muxers, decoders and encoders refuse in their own ways
         return False
 
 
-def carry(container, source, ways, end):
-    """Adds tracks of a clip, {index: way}, with what they hold until `end` s after frame 0."""
-    if not ways:
-        return
+def carry(container, source, codecs, end):
+    """Adds tracks of a clip, with what they hold until `end` seconds after frame 0.
+
+    codecs: {index of a track: None to copy it, or the codec by which its sound is coded anew}
+    """
     with open_clip(source.path) as (original, _):
-        tracks, added, heard = [original.streams[index] for index in ways], {}, set()
+        tracks, added = [original.streams[index] for index in codecs], {}
         for track in tracks:
-            if ways[track.index] is None:
-                added[track.index] = container.add_stream_from_template(track)
+            if codecs[track.index]:
+                sound = {"layout": "stereo", "bit_rate": 192_000}
+                new = container.add_stream(codecs[track.index], 48_000, **sound)
+                new.codec_context.flags |= av.codec.context.Flags.bitexact
             else:
-                added[track.index] = add_sound(container, track, *ways[track.index])
-            label(added[track.index], track)
+                new = container.add_stream_from_template(track)
+            label(new, track)
+            added[track.index] = new
         for packet in original.demux(tracks):
-            index = packet.stream.index
+            new = added[packet.stream.index]
             if packet.size:
                 packet.pts = packet.dts if packet.pts is None else packet.pts
                 seconds = float(packet.pts * packet.time_base - source.start)
                 lasts = float((packet.duration or 0) * packet.time_base)
                 if seconds >= end or seconds + lasts < -LEAD_IN:
                     continue
-            if ways[index] is not None:
+            if codecs[packet.stream.index]:
                 with contextlib.suppress(av.InvalidDataError):  # a damaged packet is passed over
                     for frame in packet.decode():
                         frame.pts -= round(source.start / frame.time_base)
-                        container.mux(added[index].encode(frame))
-                        heard.add(index)
+                        container.mux(new.encode(frame))
             elif packet.size:
                 shift = round(source.start / packet.time_base)
                 packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                packet.stream = added[index]
+                packet.stream = new
                 container.mux(packet)
-        for index in ways:
-            if ways[index] is not None:
-                container.mux(added[index].encode(None))
-                if index not in heard:
-                    raise ValueError("no sound can be decoded")
-
-
-def add_sound(container, track, codec, layout):
-    """Adds a sound track that is coded anew."""
-    rates, rate = av.Codec(codec, "w").audio_rates, track.codec_context.rate
-    added = container.add_stream(codec, rate if rate in rates else 48_000)
-    context = added.codec_context
-    context.layout = layout
-    context.bit_rate = 96_000 * context.layout.nb_channels
-    context.flags |= av.codec.context.Flags.bitexact
-    return added
+        for index, new in added.items():
+            if codecs[index]:
+                container.mux(new.encode(None))
 
 
 def label(added, track):
@@ -910,29 +854,34 @@ class Phases:
     """Shows progress; measures seconds and peak memory of phases. InstructX.edit calls it."""
 
     def __init__(self):
-        self.rows, self.phase, self.device = [], None, "cpu"
-        self.steps = []  # seconds of each step of "denoise"; the first has the compilation, if any
+        self.phase, self.device = None, "cpu"
+        self.rows = []  # (phase, seconds, peak in bytes, remark)
 
     def __call__(self, phase, done, total):
         now = time.perf_counter()
         if phase != self.phase:
             self.end()
-            self.phase, self.start, self.reported = phase, now, now
+            self.phase, self.start, self.reported, self.first = phase, now, now, None
             # disable=None: shown on a terminal only
             self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=None)
+        if done == 1:
+            self.first = now - self.start  # seconds of the first step, with the compilation if any
         self.bar.update(done - self.bar.n)
+        self.done = done
         if self.bar.disable and now - self.reported > REPORT_EVERY:
             self.reported = now
             note(f"{phase} {done} of {total} after {now - self.start:.0f} s")
-        if phase == "denoise" and done:
-            self.steps.append(now - self.start - sum(self.steps))
 
     def end(self):
         """Closes the current phase, if there is one."""
         if self.phase:
             peak = self.peak_memory()  # first, since on a GPU it waits for pending work
             self.bar.close()
-            self.rows.append((self.phase, time.perf_counter() - self.start, peak))
+            seconds, remark = time.perf_counter() - self.start, ""
+            if self.phase == "denoise" and self.done > 1:
+                each = (seconds - self.first) / (self.done - 1)
+                remark = f"   first step {self.first:.2f} s, then {each:.2f} s each"
+            self.rows.append((self.phase, seconds, peak, remark))
         self.phase = None
 
     def peak_memory(self):
@@ -952,13 +901,10 @@ class Phases:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def table(self):
-        _, seconds, peaks = zip(*self.rows)
+        _, seconds, peaks, _ = zip(*self.rows)
         lines = [f"{'phase':10} {'seconds':>9} {'peak GB':>9}"]
-        for phase, duration, peak in [*self.rows, ("total", sum(seconds), max(peaks))]:
-            lines.append(f"{phase:10} {duration:9.1f} {peak / 1e9:9.2f}")
-            if phase == "denoise" and len(self.steps) > 1:
-                later = statistics.median(self.steps[1:])
-                lines[-1] += f"   first step {self.steps[0]:.2f} s, then {later:.2f} s each"
+        for phase, duration, peak, remark in [*self.rows, ("total", sum(seconds), max(peaks), "")]:
+            lines.append(f"{phase:10} {duration:9.1f} {peak / 1e9:9.2f}{remark}")
         return "\n".join(lines)
 
 
@@ -1002,9 +948,9 @@ The model sees transparent pictures on white;
 it, in .mp4, .mov and .mkv as H.264 4:4:4, which not every player shows."""
 
 
-def parser():
-    """The command line. --help shows every default."""
-    made = Parser(
+def parse(argv):
+    """The arguments. --help shows every default; ends the program with one line on a mistake."""
+    parser = Parser(
         prog="edit.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.split("\n\nPIL reads")[0],
@@ -1012,144 +958,88 @@ def parser():
     )
 
     def add(names, metavar, convert, help, **settings):
-        made.add_argument(*names.split(), metavar=metavar, type=convert, help=help, **settings)
+        parser.add_argument(*names.split(), metavar=metavar, type=convert, help=help, **settings)
 
     def switch(name, help):
-        made.add_argument(name, action="store_true", help=help)
+        parser.add_argument(name, action="store_true", help=help)
 
     configured = "(default: as the weights' config.json says; {} as released)".format
     add("input", "INPUT", Path, "an image or a video")
     add("instruction", "INSTRUCTION", str, 'what to do, such as "make it night"')
     add("-o --output", "FILE", Path, "the file to write (default: INPUT's name and -edited)")
     add("--ref", "IMAGE", Path, "reference image; may be repeated", action="append", default=[])
-    add(
-        "--weights",
-        "DIR",
-        Path,
-        "weights folder (default: weights/shapes)",
-        default=DEFAULT_WEIGHTS,
-    )
+    help = "weights folder (default: weights/shapes)"
+    add("--weights", "DIR", Path, help, default=DEFAULT_WEIGHTS)
     add("--instructx", "DIR", Path, "what train.py wrote, for the instructx/ in the weights folder")
     add("--steps", "N", number(int, 1, 1000), f"of the sampler {configured(50)}")
-    follow = "how strongly the instruction is followed; 1 takes half the time"
-    add("--guidance", "G", number(float, 1, 100), f"{follow} {configured(5)}")
+    help = "how strongly the instruction is followed; 1 takes half the time"
+    add("--guidance", "G", number(float, 1, 100), f"{help} {configured(5)}")
     add("--seed", "N", number(int, 0, 2**63 - 1), "of the noise (default: 0)", default=0)
     add("--size", "WxH", width_by_height, "scale the input to this size first (default: its own)")
-    smaller = "edit larger inputs at this area, and scale the result back"
     area = number(int, SMALLEST**2, LARGEST_AREA)
-    add("--area", "PIXELS", area, f"{smaller} {configured('none')}")
-    first = "of a longer clip edit the first N frames (default: 81)"
-    add("--frames", "N", number(int, 1, 10**6), first, default=81)
+    help = "edit larger inputs at this area, and scale the result back"
+    add("--area", "PIXELS", area, f"{help} {configured('none')}")
+    help = "of a longer clip edit the first N frames (default: 81)"
+    add("--frames", "N", number(int, 1, 10**6), help, default=81)
     switch("--compare", "also write source and result side by side, to FILE's name and _compare")
     add("--device", "NAME", str, "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
-    precision = "float32 or bfloat16, for all but the VAE (default: bfloat16 on CUDA, else float32)"
-    add("--dtype", "TYPE", str, precision, choices=("float32", "bfloat16"))
+    help = "float32 or bfloat16, for all but the VAE (default: bfloat16 on CUDA, else float32)"
+    add("--dtype", "TYPE", str, help, choices=("float32", "bfloat16"))
     switch("--compile", "compile the DiT's blocks: a slower first step, faster others")
     switch("--offload", "read each block when it is needed: the same result in far less memory")
-    less = "round the DiT's large matrices: half the memory, and a result that differs a little"
-    add("--quantize", "TYPE", str, f"int8: {less}", choices=("int8",))
-    squares = (
-        "let the VAE work on squares of this side: less memory, a result that differs a little"
-    )
-    add("--tile", "PIXELS", number(int, 64, LARGEST), squares)
-    return made
-
-
-def parse(argv):
-    """The arguments. Ends the program with one line on what is wrong with them."""
-    made = parser()
-    args, words = made.parse_known_args(argv)
-    options = [word for word in words if word.startswith("-")]
-    if options:
-        made.error(f"there is no option {options[0]}; --help lists all")
-    if words and is_file(args.instruction):
-        made.error("one input at a time: INPUT, then INSTRUCTION; --ref IMAGE for references")
-    if words:
-        made.error(f'put the instruction in quotes: "{" ".join([args.instruction, *words])}"')
+    help = "int8: round the DiT's large matrices: half the memory, and a slightly different result"
+    add("--quantize", "TYPE", str, help, choices=("int8",))
+    help = "let the VAE work on squares of this side: less memory, and a slightly different result"
+    add("--tile", "PIXELS", number(int, 64, LARGEST), help)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        usage = 'expected INPUT "INSTRUCTION IN QUOTES" and the options that --help lists'
+        parser.error(f"there is no use for: {' '.join(unknown)}; {usage}")
     return args
 
 
 def check_arguments(args):
-    """Checks all that can be checked before a file is read. Raises ValueError."""
-    if not args.instruction.strip():
-        raise ValueError("the instruction is empty; say what to do")
-    if re.match(r"\w{2,}:/", str(args.input)):
-        raise ValueError(f"{args.input} is a URL; download the file first")
+    """Checks what can be checked before a file is read. Raises ValueError."""
+    if not args.input.exists():
+        raise ValueError(f"{args.input} does not exist; the INPUT is a file, before INSTRUCTION")
     if args.input.is_dir():
         raise ValueError(f"{args.input} is a folder; name an image or a video")
-    if is_file(args.instruction):
-        swapped = "" if args.input.exists() else ": it comes after the INPUT"
-        raise ValueError(f"the instruction {args.instruction} is the name of a file{swapped}")
+    if not args.instruction.strip():
+        raise ValueError("the instruction is empty; say what to do")
     if not args.weights.is_dir():
         raise ValueError(f"--weights {args.weights}: there is no such folder")
-    for folder in (args.weights, args.weights / "instructx"):
-        alone = folder == args.weights or len(list(args.weights.glob("*/config.json"))) == 1
-        if alone and settings_of(folder).get("_class_name") == "InstructX":
-            use = f"--instructx {folder}, and --weights for the folder of the MLLM and the VAE"
-            raise ValueError(f"{folder} is what train.py wrote: use {use}")
-    if args.output:
-        check_outputs(args, output_paths(args, args.output))
+    if read_config(args.weights).get("_class_name") == "InstructX":
+        raise ValueError(f"{args.weights} is what train.py wrote: use --instructx {args.weights}")
 
 
-def is_file(text):
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name
-        return False
-
-
-def settings_of(folder):
+def read_config(folder):
     """The config.json of a folder; {} if it is missing or damaged, as loading will report."""
     try:
-        settings = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError):
-        settings = None
-    return settings if isinstance(settings, dict) else {}
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
-def output_paths(args, output):
-    return [output, output.with_stem(f"{output.stem}_compare")] if args.compare else [output]
-
-
-def check_outputs(args, outputs):
-    """Raises ValueError if a file could not be written, or another would be lost."""
-    inputs = [path for path in (args.input, *args.ref) if path.exists()]
-    known = IMAGE_OPTIONS | CLIP_OPTIONS
-    for path in outputs:
-        if path.suffix.lower() not in known:
-            raise ValueError(f"{path} has no known extension; known are {' '.join(known)}")
-        if not path.parent.is_dir():
-            raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
-        try:
-            exists = path.exists()
-            unfinished_path(path).touch()
-            unfinished_path(path).unlink()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror})") from None
-        if exists and not path.is_file():
-            raise ValueError(f"{path} is a folder or a device; name a file")
-        if exists and not args.output:
-            raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
-        if exists and any(path.samefile(other) for other in inputs):
-            raise ValueError(f"{path} is an input, which would be lost; name another file")
-        sweep(path.parent)
+def trained_area(args):
+    """Pixels of the pictures that the weights were trained on; 0 if they do not say."""
+    if not args.instructx and read_config(args.weights / "mllm_encoder"):
+        return 1280 * 720  # Kiwi-Edit
+    area = read_config(args.instructx or args.weights / "instructx").get("area")
+    return area if isinstance(area, int) else 0
 
 
 def read_inputs(args):
     """Media of the source, [uint8 (H, W, 3)] of the references. Notes what is unusual."""
-
-    def check_source(path, width, height):
-        remedy = "--size WxH or --area PIXELS scales it"
-        check_size(path, *working_size(width, height, args.area), remedy)
-
-    def check_reference(path, width, height):
-        check_size(path, width, height, "scale it first")
-
-    source = read_frames(args.input, args.frames, args.size, check_source)
-    references = [read_frames(path, 1, None, check_reference) for path in args.ref]
-    for path, reference in zip(args.ref, references):
-        if reference.is_video:
-            raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
+    for path in (args.input, *args.ref):
+        length, height, width = media_shape(path)
+        if path != args.input:
+            if length > 1 or path.is_dir():
+                raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
+        else:
+            width, height = working_size(*(args.size or (width, height)), args.area)
+        check_size(path, width, height)
+    source = read_frames(args.input, args.frames, args.size)
     for remark in source.remarks:
         note(f"{args.input} {remark}")
     count, total = len(source.frames), source.total
@@ -1157,23 +1047,7 @@ def read_inputs(args):
         note(f"{args.input} has {total} frames, of which {count} can be decoded")
     elif count < total:
         note(f"{args.input} has {total} frames; the first {count} are edited (see --frames)")
-    return source, [reference.frames[0] for reference in references]
-
-
-def check_size(path, width, height, remedy):
-    """Raises MediaError for a size that cannot be edited."""
-    short, long = sorted((width, height))
-    if short < SMALLEST or long >= MOST_NARROW * short:
-        least = f"sides must have {SMALLEST} pixels or more"
-        ratio = f"the longer less than {MOST_NARROW} times the shorter"
-        problem = f"is too small or too narrow: {least}, {ratio}"
-        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
-    if long > LARGEST or width * height > LARGEST_AREA:
-        scale = min(LARGEST / long, (LARGEST_AREA / (width * height)) ** 0.5)
-        most = f"at most {LARGEST} pixels a side and {LARGEST_AREA} in all"
-        example = f"{int(width * scale)}x{int(height * scale)}"
-        problem = f"is too large: {most}, for example {example}"
-        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
+    return source, [read_frames(path).frames[0] for path in args.ref]
 
 
 def working_size(width, height, area):
@@ -1189,12 +1063,47 @@ def working_size(width, height, area):
     return max(SMALLEST, width), max(SMALLEST, height)
 
 
-def trained_area(args):
-    """Pixels of the pictures that the weights were trained on; 0 if they do not say."""
-    if not args.instructx and settings_of(args.weights / "mllm_encoder"):
-        return 1280 * 720  # Kiwi-Edit
-    area = settings_of(args.instructx or args.weights / "instructx").get("area")
-    return area if isinstance(area, int) else 0
+def check_size(path, width, height):
+    """Raises MediaError for a size that cannot be edited."""
+    short, long = sorted((width, height))
+    narrow = long >= MOST_NARROW * short
+    if narrow or not SMALLEST <= short <= long <= LARGEST or short * long > LARGEST_AREA:
+        sides = f"sides must have {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all"
+        ratio = f"the longer less than {MOST_NARROW} times the shorter"
+        problem = f"is too small, large or narrow: {sides}, {ratio}"
+        remedy = "scale it first (--size WxH or --area PIXELS scale the INPUT)"
+        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
+
+
+def name_outputs(args, source):
+    """The files to write. Raises ValueError if one could not be written, or another be lost."""
+    options = CLIP_OPTIONS if source.is_video else IMAGE_OPTIONS
+    output = args.output
+    if not output:
+        usual = ".mp4" if source.is_video else ".png"
+        suffix = args.input.suffix if args.input.suffix.lower() in options else usual
+        output = args.input.with_name(f"{args.input.stem}-edited{suffix}")
+    outputs = [output]
+    if args.compare:
+        outputs.append(output.with_stem(f"{output.stem}_compare"))
+    for path in outputs:
+        if path.suffix.lower() not in options:
+            content = "a clip" if source.is_video else "an image"
+            raise ValueError(f"{path} cannot hold {content}; {' '.join(options)} can")
+        try:
+            exists = path.exists()
+            unfinished_path(path).touch()
+            unfinished_path(path).unlink()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror})") from None
+        if exists and not path.is_file():
+            raise ValueError(f"{path} is a folder or a device; name a file")
+        if exists and not args.output:
+            raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
+        if exists and any(path.samefile(other) for other in (args.input, *args.ref)):
+            raise ValueError(f"{path} is an input, which would be lost; name another file")
+        sweep(path.parent)
+    return outputs
 
 
 def load(args):
@@ -1229,32 +1138,20 @@ def load(args):
     return model, device
 
 
-def open_writers(args, source, outputs, opened):
-    """Opens every output -> [write(frame)]. What a format cannot hold is said now."""
-    suffix, width = outputs[0].suffix.lower(), source.frames.shape[2]
-    options, content = (CLIP_OPTIONS, "a clip") if source.is_video else (IMAGE_OPTIONS, "an image")
-    if suffix not in options:
-        can = f"{' '.join(options)} can"
-        raise ValueError(f"{args.input} is {content}, which {suffix} cannot hold; {can}")
-    if args.compare and suffix == ".webp" and 2 * width > WEBP_SIDE:
-        most = f".webp holds {WEBP_SIDE}; .png holds more"
-        raise ValueError(f"--compare would be {2 * width} pixels wide, and {most}")
-    beside = replace(source, alpha=None, profile={})  # of two pictures side by side
-    if not source.is_video:
-        _, exif_fits = image_options(suffix, source)
-        if not exif_fits:
-            note(f"{suffix} has no room for the EXIF of {args.input}, which is left out")
-        writers = [partial(write_image, outputs[0], source=source)]
-        return writers + [partial(write_image, path, source=beside) for path in outputs[1:]]
-    if source.sound and suffix in ANIMATIONS:
-        note(f"{suffix} holds no sound; that of {args.input} is left out")
-    length, height = source.frames.shape[:2]
-    shape = source.frames.shape
-    writers = [opened.enter_context(clip_writer(outputs[0], shape, source.fps, source, note))]
-    for path in outputs[1:]:
-        shape = length, height, 2 * width, 3
-        writers.append(opened.enter_context(clip_writer(path, shape, source.fps, beside)))
-    return writers
+def open_writers(source, outputs, stack):
+    """Opens the outputs -> [write(frame)]. What a format cannot hold is said now."""
+    length, height, width, _ = source.frames.shape
+    beside = replace(source, alpha=None, profile={})  # of source and result side by side
+    if source.is_video:
+        shapes = [(length, height, width, 3), (length, height, 2 * width, 3)]
+        writers = [clip_writer(outputs[0], shapes[0], source.fps, source, note)]
+        writers += [clip_writer(path, shapes[1], source.fps, beside) for path in outputs[1:]]
+        return [stack.enter_context(writer) for writer in writers]
+    suffix = outputs[0].suffix.lower()
+    if "exif" in source.profile and "exif" not in image_options(suffix, source):
+        note(f"{suffix} has no room for the EXIF of {source.path}, which is left out")
+    media = [source, beside]
+    return [partial(write_image, path, source=each) for path, each in zip(outputs, media)]
 
 
 def edit(args):
@@ -1263,21 +1160,18 @@ def edit(args):
     if args.area is None:
         args.area = trained_area(args)
     source, references = read_inputs(args)
-    outputs = output_paths(args, args.output or default_output(args.input, source))
-    if not args.output:
-        check_outputs(args, outputs)
-    height, width = source.frames.shape[1:3]
-    size, frames = working_size(width, height, args.area), source.frames
+    outputs = name_outputs(args, source)
+    frames = source.frames
+    height, width = frames.shape[1:3]
+    size = working_size(width, height, args.area)
     if size != (width, height):
         frames = np.stack([fit(frame, size) for frame in frames])
-        scaled = (
-            f"is edited at {size[0]}x{size[1]} and scaled back to {width}x{height} (see --area)"
-        )
-        note(f"{args.input} {scaled}")
+        scaled = f"edited at {size[0]}x{size[1]} and scaled back to {width}x{height}"
+        note(f"{args.input} is {scaled} (see --area)")
         if args.weights == DEFAULT_WEIGHTS:
             note("weights/shapes knows drawings of simple shapes only; --weights names others")
-    with contextlib.ExitStack() as opened:
-        writers = open_writers(args, source, outputs, opened)
+    with contextlib.ExitStack() as stack:
+        writers = open_writers(source, outputs, stack)
         phases = Phases()
         phases("load", 0, 1)
         model, phases.device = load(args)
@@ -1297,13 +1191,6 @@ def edit(args):
     return outputs
 
 
-def default_output(path, source):
-    """photo.jpg -> photo-edited.jpg, in the same format where it can be written."""
-    options, usual = (CLIP_OPTIONS, ".mp4") if source.is_video else (IMAGE_OPTIONS, ".png")
-    suffix = path.suffix if path.suffix.lower() in options else usual
-    return path.with_name(f"{path.stem}-edited{suffix}")
-
-
 def stop(number, _):
     """Ends the program on a signal; what is unfinished is removed on the way out."""
     note("terminated")
@@ -1315,24 +1202,22 @@ def main(argv=None):
 
     Exit code 2 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):  # names come out as they are, in any locale
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     signal.signal(signal.SIGTERM, stop)
-    args, made = parse(argv), parser()
+    args = parse(argv)
     try:
         for path in edit(args):
             print(path)
     except (ValueError, OSError, FloatingPointError) as error:
-        made.error(str(error))
+        Parser(prog="edit.py").error(str(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no one error
             raise
-        made.error("out of memory; a smaller --area or fewer --frames need less")
+        Parser(prog="edit.py").error("out of memory; a smaller --area or fewer --frames need less")
     except KeyboardInterrupt:
-        made.exit(130, "edit.py: interrupted\n")
+        note("interrupted")
+        sys.exit(130)
 
 
 if __name__ == "__main__":
