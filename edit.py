@@ -28,7 +28,6 @@ import warnings
 import zlib
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import av
@@ -88,7 +87,6 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ignore t
 # Colors of a clip are code points of ITU-T H.273: matrix, primaries, transfer.
 BT709, BT601 = (1, 1, 1), (6, 2, 2)
 UNKNOWN, BT2020 = 2, 9
-HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # H.273's number: swscale's
 # swscale's bicubic, full chroma, accurate rounding. By default it is quick, and darkens a clip by a
 # level each time that it goes from RGB to YUV or back.
@@ -169,7 +167,8 @@ def media_shape(path):
             clip = read_clip(path, 1)
             return clip.total, *clip.frames.shape[1:3]
         length = frame_count(image)
-        lies = length == 1 and orientation(image) > 4
+        # A PNG's EXIF counts only before its pixels, so that none need be decoded.
+        lies = length == 1 and Image.Image.getexif(image).get(0x0112, 1) > 4
         return length, *(image.size if lies else image.size[::-1])
 
 
@@ -213,11 +212,6 @@ def frame_count(image):
     return image.n_frames if image.format in ANIMATED_FORMATS else 1
 
 
-def orientation(image):
-    """1 to 8, as in EXIF. A PNG's counts only before its pixels, so that none need be decoded."""
-    return Image.Image.getexif(image).get(0x0112, 1)
-
-
 def frame_files(path):
     """The images of a folder, frame_2.png before frame_10.png, without hidden ones."""
 
@@ -234,52 +228,40 @@ def frame_files(path):
 def read_folder(path, limit, size):
     """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
     files = frame_files(path)
-    frames, shapes = [], set()
-    for file in files[:limit]:
-        frame = read_frames(file, 1).frames[0]
-        shapes.add(frame.shape)
-        frames.append(fit(frame, size))
-    if len(shapes) != 1:
+    if len({media_shape(file)[1:] for file in files[:limit]}) != 1:
         raise MediaError(f"{path} is not a folder of images of one size")
+    frames = [read_frames(file, 1, size).frames[0] for file in files[:limit]]
     return Media(path, np.stack(frames), fps=Fraction(16), total=len(files))
 
 
 def read_image(path, image, size):
     """A PIL image -> Media of one frame, with its transparency, color profile and EXIF."""
-    profile, remarks = {}, []
-    is_tiff = image.format == "TIFF"
-    if orientation(image) > 1:
-        image = ImageOps.exif_transpose(image)
-    try:
+    profile = {}
+    ImageOps.exif_transpose(image, in_place=True)
+    with contextlib.suppress(Exception):  # damaged EXIF is left out
         exif = image.getexif()
-        for tag in set(exif) - TIFF_TAGS if is_tiff else ():
+        for tag in set(exif) - TIFF_TAGS if image.format == "TIFF" else ():
             del exif[tag]
         if len(exif):
             profile["exif"] = exif.tobytes()
-    except Exception:
-        remarks.append("has damaged EXIF, which is left out")
     icc = image.info.get("icc_profile") or b""
-    if icc[16:20] == b"RGB ":
+    if icc[16:20] == b"RGB ":  # CMYK and grey become sRGB, as the result is RGB
         profile["icc_profile"] = icc
-    elif icc:  # of CMYK or grey, which the result is not
-        image = to_srgb(eight_bits(image), icc)
-    frame, alpha = pixels(image)
-    alpha = None if alpha is None else fit(alpha, size)[None]
-    return Media(path, fit(frame, size)[None], alpha=alpha, profile=profile, remarks=remarks)
+    frame, alpha = pixels(image, size, None if profile.get("icc_profile") else icc)
+    return Media(path, frame[None], alpha=unless_opaque([alpha]), profile=profile)
 
 
 def read_animation(path, image, limit, size):
     """An animated PNG, WebP or GIF -> Media."""
     frames, alphas, durations = [], [], []
     icc = image.info.get("icc_profile")
-    for frame in itertools.islice(ImageSequence.Iterator(image), limit):
-        frame.load()  # before, WebP tells no duration
-        milliseconds = frame.info.get("duration") or 100  # browsers too show 0 as 100
+    for picture in itertools.islice(ImageSequence.Iterator(image), limit):
+        picture.load()  # before, WebP tells no duration
+        milliseconds = picture.info.get("duration") or 100  # browsers too show 0 as 100
         durations.append(Fraction(milliseconds) / 1000)
-        frame, alpha = pixels(to_srgb(frame, icc) if icc else frame)
-        opaque = np.full(frame.shape[:2], 255, np.uint8)
-        frames.append(fit(frame, size))
-        alphas.append(fit(opaque if alpha is None else alpha, size))
+        frame, alpha = pixels(picture, size, icc)
+        frames.append(frame)
+        alphas.append(alpha)
     times = (0, *itertools.accumulate(durations))
     fps = (len(frames) / times[-1]).limit_denominator(1001)
     if max(durations) - min(durations) <= Fraction(1, 100):  # GIF counts in hundredths of a second
@@ -289,21 +271,33 @@ def read_animation(path, image, limit, size):
     return Media(path, np.stack(frames), fps, image.n_frames, times, alpha, loop=loop)
 
 
-def unless_opaque(alphas):
-    """[uint8 (H, W)] -> (T, H, W), or None where nothing is transparent."""
-    if all(alpha.min() == 255 for alpha in alphas):
-        return None
-    return np.stack(alphas)
+def pixels(image, size=None, icc=None):
+    """A PIL image -> uint8 (H, W, 3), laid on white where transparent, and alpha, uint8 (H, W).
 
-
-def eight_bits(image):
-    """16 bits of grey, which PIL would clip at 255 rather than scale, as 8."""
+    Args:
+        size: (width, height) to which it is scaled. None for its own.
+        icc: the color profile from which it is converted to sRGB.
+    """
     if image.mode == "F":
         raise ValueError("floating point pixels; 8 or 16 bits can be read")
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip at 255
         grey = (np.asarray(image) / 257).round().clip(0, 255)
-        return Image.fromarray(grey.astype(np.uint8))
-    return image
+        image = Image.fromarray(grey.astype(np.uint8))
+    if icc:
+        image = to_srgb(image, icc)
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image = image.resize(size or image.size, Image.Resampling.LANCZOS)
+    if image.mode == "RGB":
+        return np.asarray(image), np.broadcast_to(np.uint8(255), image.size[::-1])
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return np.asarray(white.convert("RGB")), np.asarray(image.getchannel("A"))
+
+
+def unless_opaque(alphas):
+    """[uint8 (H, W)] -> (T, H, W), or None where nothing is transparent."""
+    opaque = all(alpha.min() == 255 for alpha in alphas)
+    return None if opaque else np.stack(alphas)
 
 
 def to_srgb(image, icc):
@@ -317,24 +311,6 @@ def to_srgb(image, icc):
         return ImageCms.profileToProfile(image, profile, srgb, intent, outputMode=mode)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
-
-
-def pixels(image):
-    """A PIL image -> uint8 (H, W, 3), laid on white where transparent, and alpha (H, W) or None."""
-    image = eight_bits(image)
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB")), None
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    return np.asarray(white.convert("RGB")), np.asarray(image.getchannel("A"))
-
-
-def fit(array, size):
-    """Scales uint8 (H, W) or (H, W, 3) to (width, height); None leaves it as it is."""
-    if size is None or array.shape[1::-1] == size:
-        return array
-    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
 
 
 @contextlib.contextmanager
@@ -364,37 +340,29 @@ def read_clip(path, limit=None, size=None):
         first = next(pictures, None)
         if first is None:
             raise MediaError(f"{path} has no frame that can be decoded")
-        display, components = display_matrix(first), first.format.components
-        aspect, resized = Fraction(track.sample_aspect_ratio or 1), size is not None
-        if first.rotation % 180:
-            aspect = 1 / aspect
+        components, display = first.format.components, first.side_data.get("DISPLAYMATRIX")
+        aspect = None if size else track.sample_aspect_ratio
         colors = clip_colors(first, track)
         matrix = MATRICES[(colors or default_colors(first.width, first.height))[0]]
         transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
-        layout = "rgba" if transparent else "rgb24"
+        form = {"format": "rgba" if transparent else "rgb24", "src_colorspace": matrix}
         for picture in deinterlaced(itertools.chain([first], pictures), remarks):
             if picture.pts is not None:
                 stamps.append(picture.pts * picture.time_base)
             lasts = (picture.duration or 0) * picture.time_base
             if len(frames) == limit:  # one more frame tells how long the last one is shown
                 break
-            rgb = reformatter.reformat(
-                picture, format=layout, src_colorspace=matrix, interpolation=EXACT
-            )
-            frame, alpha = pixels(Image.fromarray(upright(rgb.to_ndarray(), display)))
-            size = size or frame.shape[1::-1]
-            frames.append(fit(frame, size))
-            if alpha is not None:
-                alphas.append(fit(alpha, size))
+            rgb = reformatter.reformat(picture, **form, interpolation=EXACT).to_ndarray()
+            frame, alpha = pixels(Image.fromarray(upright(rgb, display)), size)
+            size = frame.shape[1::-1]
+            frames.append(frame)
+            alphas.append(alpha)
         rates = [track.guessed_rate, track.average_rate, track.base_rate]
         rates = [rate for rate in rates if rate]
         fps, times = frame_rate(stamps, len(frames), lasts, track.time_base, rates)
         bits = max(channel.bits for channel in components)
-        if colors and colors[2] in HDR_TRANSFERS:
-            kept = "the result keeps its label, but has 8 bits per color"
-            remarks.append(f"is HDR ({HDR_TRANSFERS[colors[2]]}); {kept}")
-        elif bits > 8:
-            remarks.append(f"has {bits} bits per color; the result has 8")
+        if bits > 8:
+            remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
         return Media(
             path,
             np.stack(frames),
@@ -405,7 +373,7 @@ def read_clip(path, limit=None, size=None):
             start=min(stamps, default=Fraction(0)),
             sound=len(container.streams.audio) > 0,
             colors=colors,
-            aspect=None if resized or aspect == 1 else aspect,
+            aspect=None if aspect == 1 else aspect,
             remarks=remarks,
         )
 
@@ -433,7 +401,7 @@ def count_frames(path):
 
 def decode(container, track):
     """Yields the frames of a clip, av.VideoFrame. Like players it skips what cannot be decoded."""
-    decoder, failures = track.codec_context, 0
+    decoder = track.codec_context
     decoder.thread_type = "SLICE"  # whole frames in threads would be lost beside a damaged one
     metadata = {name.lower(): value for name, value in track.metadata.items()}
     if metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
@@ -441,50 +409,37 @@ def decode(container, track):
     for packet in container.demux(track):
         if not packet.size and packet.dts is not None:
             continue  # without a time stamp it would be the end
-        try:
+        with contextlib.suppress(av.FFmpegError):
             yield from decoder.decode(packet)
-        except av.FFmpegError:
-            failures += 1
-            if failures > 1000:  # no clip but an attack
-                raise
 
 
 def deinterlaced(pictures, remarks):
     """Yields av.VideoFrames; from the first interlaced one on they are made whole."""
     graph = None
-    for picture in pictures:
-        if picture.interlaced_frame and not graph:
+    for picture in itertools.chain(pictures, [None]):
+        if picture and picture.interlaced_frame and not graph:
             remarks.append("is interlaced; the result is not")
             graph = av.filter.Graph()
             source, sink = graph.add_buffer(picture), graph.add("buffersink")
             graph.link_nodes(source, graph.add("bwdif", "mode=send_frame"), sink).configure()
-        yield from pulled(graph, picture) if graph else [picture]
-    if graph:
-        yield from pulled(graph, None)
+        if graph:
+            graph.push(picture)
+            with contextlib.suppress(av.BlockingIOError, av.EOFError):
+                while True:
+                    yield graph.pull()
+        elif picture:
+            yield picture
 
 
-def pulled(graph, picture):
-    """Gives a filter graph a frame, or None at the end, and yields what it has ready."""
-    graph.push(picture)
-    with contextlib.suppress(av.BlockingIOError, av.EOFError):
-        while True:
-            yield graph.pull()
-
-
-def display_matrix(picture):
-    """(a, b, c, d): up to a shift, the pixel (x, y) is shown at (ax + cy, bx + dy)."""
-    data = picture.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-    return a, b, c, d
-
-
-def upright(array, display):
-    """Turns an array (H, W, C) by quarters and mirrors it, as its display matrix says."""
-    a, b, c, d = display
+def upright(array, display_matrix):
+    """Turns an array (H, W, C) by quarters and mirrors it, as a clip's display matrix says."""
+    if display_matrix is None:
+        return array
+    # Up to a shift, the pixel (x, y) is shown at (ax + cy, bx + dy).
+    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5].tolist()
     if abs(b) > abs(a):
-        array, a, d = array.swapaxes(0, 1), c, b
+        array = array.swapaxes(0, 1)
+        a, d = c, b
     return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
@@ -539,22 +494,20 @@ def whole(path):
 
     Whoever writes it, the file gets the permissions of a new file. A link is followed.
     """
-    unfinished = unfinished_path(path)
+    target = Path(os.path.realpath(path))
+    name = zlib.crc32(os.fsencode(target.name))  # short, whatever the name
+    unfinished = target.with_name(f".{name:08x}-{platform.node()}-{os.getpid()}.partial")
     try:
         unfinished.touch()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror})") from None
+    try:
         mode = unfinished.stat().st_mode
         yield unfinished
         unfinished.chmod(mode)
-        os.replace(unfinished, os.path.realpath(path))
+        os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def unfinished_path(path):
-    """The name of a file until it is complete: hidden, beside it, and of this process alone."""
-    target = Path(os.path.realpath(path))
-    name = zlib.crc32(os.fsencode(target.name))  # short, whatever the name
-    return target.with_name(f".{name:08x}-{platform.node()}-{os.getpid()}.partial")
 
 
 def sweep(folder):
@@ -576,30 +529,36 @@ def without_white(frame, alpha):
     return np.dstack([color.round().clip(0, 255).astype(np.uint8), alpha])
 
 
-def image_options(suffix, source):
-    """Arguments of PIL's save; without EXIF where the format has no room for it."""
-    options = IMAGE_OPTIONS[suffix]
+@contextlib.contextmanager
+def image_writer(path, source=None, note=lambda text: None):
+    """Gives write(frame) for an image, as the extension says; arguments as for `clip_writer`."""
+    path = Path(path)
+    source, suffix = source or Media(path, None), path.suffix.lower()
+    options = IMAGE_OPTIONS[suffix] | source.profile
     if suffix == ".gif":
-        return options
+        options = IMAGE_OPTIONS[suffix]
     try:
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), **options, **source.profile)
-        return options | source.profile
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), **options)
     except Exception:  # a JPEG has room for 64 KB
-        icc = source.profile.get("icc_profile")
-        return options | {"icc_profile": icc}
+        note(f"{suffix} has no room for the EXIF of {source.path}, which is left out")
+        options.pop("exif", None)
+
+    def write(frame):
+        if source.alpha is not None and suffix in (".png", ".webp"):
+            frame = without_white(frame, source.alpha[0])
+        image = Image.fromarray(frame)
+        if suffix == ".gif" and "icc_profile" in source.profile:
+            image = to_srgb(image, source.profile["icc_profile"])
+        image.save(unfinished, **options)
+
+    with whole(path) as unfinished:
+        yield write
 
 
 def write_image(path, frame, source=None):
-    """Writes uint8 (H, W, 3) as the extension says, with alpha, profile and EXIF of a Media."""
-    path = Path(path)
-    source, suffix = source or Media(path, frame[None]), path.suffix.lower()
-    image = Image.fromarray(frame)
-    if source.alpha is not None and suffix in (".png", ".webp"):
-        image = Image.fromarray(without_white(frame, source.alpha[0]))
-    if suffix == ".gif" and "icc_profile" in source.profile:
-        image = to_srgb(image, source.profile["icc_profile"])
-    with whole(path) as unfinished:
-        image.save(unfinished, **image_options(suffix, source))
+    """Writes uint8 (H, W, 3); arguments and errors as for `clip_writer`."""
+    with image_writer(path, source) as write:
+        write(frame)
 
 
 def write_clip(path, frames, fps, source=None):
@@ -634,7 +593,6 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
     if len(set(stamps)) <= length:
         note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
     durations = dict(zip(stamps, np.diff(stamps).tolist()))
-    layout = "rgba" if transparent else "rgb24"
     muxing = muxer_options(suffix, source.loop, durations[stamps[-2]] * tick)
     try:
         with (
@@ -654,13 +612,16 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                 VideoReformatter(),
                 itertools.count(),
             )
-            palette = palette_graph(shape, layout, tick) if suffix == ".gif" else None
+            form = {
+                "format": context.pix_fmt,
+                "dst_colorspace": MATRICES.get(context.colorspace),
+                "dst_color_range": context.color_range,
+            }
 
-            def mux(pictures):
-                for picture in pictures:
-                    for packet in track.encode(picture):
-                        packet.duration = durations.get(packet.pts, 1)
-                        container.mux(packet)
+            def mux(picture):
+                for packet in track.encode(picture):
+                    packet.duration = durations.get(packet.pts, 1)
+                    container.mux(packet)
 
             def write(frame):
                 i = next(numbers)
@@ -668,24 +629,17 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                     return
                 if transparent:
                     frame = without_white(frame, source.alpha[i])
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
-                picture.pts, picture.time_base = stamps[i], tick
-                if palette:
-                    mux(pulled(palette, picture))
+                if suffix == ".gif":
+                    picture = with_palette(frame)
                 else:
-                    picture = reformatter.reformat(
-                        picture,
-                        format=context.pix_fmt,
-                        dst_colorspace=MATRICES.get(context.colorspace),
-                        dst_color_range=context.color_range,
-                        interpolation=EXACT,
-                    )
-                    mux([picture])
+                    frame = np.ascontiguousarray(frame)
+                    picture = av.VideoFrame.from_ndarray(frame, "rgba" if transparent else "rgb24")
+                    picture = reformatter.reformat(picture, **form, interpolation=EXACT)
+                picture.pts, picture.time_base = stamps[i], tick
+                mux(picture)
 
             yield write
-            if palette:
-                mux(pulled(palette, None))
-            mux([None])
+            mux(None)
     except av.FFmpegError as error:
         raise OSError(f"{path} could not be written: {error.strerror}") from None
 
@@ -741,17 +695,18 @@ def add_pictures(container, options, shape, fps, tick, source):
     return track
 
 
-def palette_graph(shape, layout, tick):
-    """FFmpeg's filters that give all frames of a GIF one palette, made when the last has come."""
-    graph = av.filter.Graph()
-    size = {"width": shape[2], "height": shape[1]}
-    source = graph.add_buffer(**size, format=layout, time_base=tick)
-    split, palette, paint = map(graph.add, ("split", "palettegen", "paletteuse"))
-    graph.link_nodes(source, split, paint, graph.add("buffersink"))
-    split.link_to(palette, 1, 0)
-    palette.link_to(paint, 0, 1)
-    graph.configure()
-    return graph
+def with_palette(frame):
+    """uint8 (H, W, 3 or 4) -> av.VideoFrame of 255 colors of its own and a transparent one."""
+    image = Image.fromarray(frame[..., :3])
+    image = image.quantize(palette=image.quantize(255))  # this one dithers
+    rgb = np.reshape(image.getpalette(), (-1, 3))[:255]
+    palette = np.full((256, 4), 255, np.uint8)  # alpha, red, green, blue
+    palette[: len(rgb), 1:] = rgb
+    palette[255] = 0
+    indices = np.array(image)
+    if frame.shape[2] == 4:
+        indices[frame[..., 3] < 128] = 255
+    return av.VideoFrame.from_ndarray((indices, palette), "pal8")
 
 
 def add_other_tracks(container, source, end, note):
@@ -763,7 +718,6 @@ def add_other_tracks(container, source, end, note):
         for title, text in original.metadata.items():
             if title.lower() not in TECHNICAL_TITLES:
                 container.metadata[title] = text
-        label(container.streams.video[0], pictures)
         if end == math.inf:
             container.set_chapters(original.chapters())
         elif original.chapters():
@@ -809,7 +763,9 @@ def carry(container, source, codecs, end):
                 new.codec_context.flags |= av.codec.context.Flags.bitexact
             else:
                 new = container.add_stream_from_template(track)
-            label(new, track)
+            new.disposition = track.disposition  # default, forced, commentary ...
+            for name in {"language", "title"} & set(track.metadata):
+                new.metadata[name] = track.metadata[name]
             added[track.index] = new
         for packet in original.demux(tracks):
             new = added[packet.stream.index]
@@ -832,14 +788,6 @@ def carry(container, source, codecs, end):
         for index, new in added.items():
             if codecs[index]:
                 container.mux(new.encode(None))
-
-
-def label(added, track):
-    """Copies language, title and purpose (default, forced, commentary ...) of a track."""
-    for name in ("language", "title"):
-        if name in track.metadata:
-            added.metadata[name] = track.metadata[name]
-    added.disposition = track.disposition
 
 
 # The terminal
@@ -1090,17 +1038,11 @@ def name_outputs(args, source):
         if path.suffix.lower() not in options:
             content = "a clip" if source.is_video else "an image"
             raise ValueError(f"{path} cannot hold {content}; {' '.join(options)} can")
-        try:
-            exists = path.exists()
-            unfinished_path(path).touch()
-            unfinished_path(path).unlink()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror})") from None
-        if exists and not path.is_file():
+        if path.exists() and not path.is_file():
             raise ValueError(f"{path} is a folder or a device; name a file")
-        if exists and not args.output:
+        if path.exists() and not args.output:
             raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
-        if exists and any(path.samefile(other) for other in (args.input, *args.ref)):
+        if path.exists() and any(path.samefile(other) for other in (args.input, *args.ref)):
             raise ValueError(f"{path} is an input, which would be lost; name another file")
         sweep(path.parent)
     return outputs
@@ -1138,20 +1080,8 @@ def load(args):
     return model, device
 
 
-def open_writers(source, outputs, stack):
-    """Opens the outputs -> [write(frame)]. What a format cannot hold is said now."""
-    length, height, width, _ = source.frames.shape
-    beside = replace(source, alpha=None, profile={})  # of source and result side by side
-    if source.is_video:
-        shapes = [(length, height, width, 3), (length, height, 2 * width, 3)]
-        writers = [clip_writer(outputs[0], shapes[0], source.fps, source, note)]
-        writers += [clip_writer(path, shapes[1], source.fps, beside) for path in outputs[1:]]
-        return [stack.enter_context(writer) for writer in writers]
-    suffix = outputs[0].suffix.lower()
-    if "exif" in source.profile and "exif" not in image_options(suffix, source):
-        note(f"{suffix} has no room for the EXIF of {source.path}, which is left out")
-    media = [source, beside]
-    return [partial(write_image, path, source=each) for path, each in zip(outputs, media)]
+def scaled(frame, size):
+    return pixels(Image.fromarray(frame), size)[0]
 
 
 def edit(args):
@@ -1165,13 +1095,21 @@ def edit(args):
     height, width = frames.shape[1:3]
     size = working_size(width, height, args.area)
     if size != (width, height):
-        frames = np.stack([fit(frame, size) for frame in frames])
-        scaled = f"edited at {size[0]}x{size[1]} and scaled back to {width}x{height}"
-        note(f"{args.input} is {scaled} (see --area)")
+        frames = np.stack([scaled(frame, size) for frame in frames])
+        sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
+        note(f"{args.input} is edited at {sizes} (see --area)")
         if args.weights == DEFAULT_WEIGHTS:
             note("weights/shapes knows drawings of simple shapes only; --weights names others")
     with contextlib.ExitStack() as stack:
-        writers = open_writers(source, outputs, stack)
+        beside = replace(source, alpha=None, profile={})  # of source and result side by side
+        wide = len(frames), height, 2 * width, 3
+        if source.is_video:
+            writers = [clip_writer(outputs[0], source.frames.shape, source.fps, source, note)]
+            writers += [clip_writer(path, wide, source.fps, beside) for path in outputs[1:]]
+        else:
+            writers = [image_writer(outputs[0], source, note)]
+            writers += [image_writer(path, beside) for path in outputs[1:]]
+        writers = [stack.enter_context(writer) for writer in writers]
         phases = Phases()
         phases("load", 0, 1)
         model, phases.device = load(args)
@@ -1179,7 +1117,7 @@ def edit(args):
 
         def write(piece):
             for frame in piece:
-                frame = fit(frame, (width, height))
+                frame = scaled(frame, (width, height))
                 pictures = [frame, np.concatenate([next(originals), frame], axis=1)]
                 for writer, picture in zip(writers, pictures):
                     writer(picture)
