@@ -7,9 +7,9 @@ The file's content decides between image and clip, not its extension. The result
 size, frame count, times and sound, aligned pixel for pixel, and takes its name once complete.
 stdout gets the names of the files written; stderr gets progress, remarks, seconds and memory.
 
-PIL reads images and animations; PyAV reads clips, and writes clips and animations. `read_frames`,
-`media_shape`, `write_image`, `write_clip` and `whole` stand alone: train.py uses them too. torch
-and the models are imported late, inside `load`, so that a mistyped option is reported at once.
+PIL reads images and animations; PyAV reads clips, and writes clips and animations. train.py uses
+`read_frames`, `media_shape` and `whole` too. torch and the models are imported late, inside `load`,
+so that a mistyped option is reported at once.
 """
 
 import argparse
@@ -45,11 +45,10 @@ ANIMATED_FORMATS = ("PNG", "WEBP", "GIF")
 CLIP_FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,mxf,dv,h264,hevc,ivf,nut,yuv4mpegpipe"
 )
-# Of HEIC, AVIF and camera raw photos only a tile or a preview would be opened.
-PHOTO_BRANDS = (b"hei", b"hev", b"mif", b"avi", b"crx")
-NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706  # tags of a TIFF, as most camera raw files are
-# Of a TIFF's tags those that are about the picture, not about where in the file its pixels are:
-# description, camera, software, date, author, copyright, EXIF, GPS.
+PHOTO_BRANDS = (b"hei", b"hev", b"mif", b"avi", b"crx")  # HEIC, AVIF, CR3
+NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706  # tags of a TIFF
+# Description, camera, software, date, author, copyright, EXIF, GPS; a TIFF's other tags are about
+# where in the file its pixels are.
 TIFF_TAGS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, 0x8769, 0x8825}
 
 # What is written, by extension. For images: arguments of PIL's save.
@@ -176,8 +175,7 @@ def media_shape(path):
 def open_image(path):
     """Gives the PIL image at `path`, None for what may be a clip. Errors inside are MediaErrors."""
     if not path.is_file():
-        problem = "is a pipe or a device, not a file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {problem}")
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         try:
             image = Image.open(path, formats=IMAGE_FORMATS)
@@ -185,7 +183,7 @@ def open_image(path):
             image = None
         with image or contextlib.nullcontext():
             if is_preview(path, image):
-                photo = "a camera raw file, or a HEIC or AVIF photo"
+                photo = "a camera raw, HEIC or AVIF photo"
                 raise MediaError(f"{path} is {photo}; convert it to JPEG, PNG or TIFF first")
             yield image
     except MediaError:
@@ -198,13 +196,12 @@ def open_image(path):
 
 
 def is_preview(path, image):
-    """Whether only a preview or a tile of a photo would be opened: camera raw, HEIC, AVIF."""
+    """Whether only a preview or a tile of a photo would be opened. Most camera raws are TIFFs."""
     with path.open("rb") as file:
         head = file.read(12)
     if image and image.format == "TIFF":
         tags = image.tag_v2
-        is_reduced = tags.get(NEW_SUBFILE_TYPE, 0) & 1
-        return is_reduced or DNG_VERSION in tags or head[8:10] == b"CR"
+        return tags.get(NEW_SUBFILE_TYPE, 0) & 1 or DNG_VERSION in tags or head[8:10] == b"CR"
     return head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS
 
 
@@ -357,9 +354,7 @@ def read_clip(path, limit=None, size=None):
             size = frame.shape[1::-1]
             frames.append(frame)
             alphas.append(alpha)
-        rates = [track.guessed_rate, track.average_rate, track.base_rate]
-        rates = [rate for rate in rates if rate]
-        fps, times = frame_rate(stamps, len(frames), lasts, track.time_base, rates)
+        fps, times = frame_rate(stamps, len(frames), lasts, track)
         bits = max(channel.bits for channel in components)
         if bits > 8:
             remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
@@ -401,7 +396,7 @@ def count_frames(path):
 
 def decode(container, track):
     """Yields the frames of a clip, av.VideoFrame. Like players it skips what cannot be decoded."""
-    decoder = track.codec_context
+    decoder, failures = track.codec_context, 0
     decoder.thread_type = "SLICE"  # whole frames in threads would be lost beside a damaged one
     metadata = {name.lower(): value for name, value in track.metadata.items()}
     if metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
@@ -409,8 +404,12 @@ def decode(container, track):
     for packet in container.demux(track):
         if not packet.size and packet.dts is not None:
             continue  # without a time stamp it would be the end
-        with contextlib.suppress(av.FFmpegError):
+        try:
             yield from decoder.decode(packet)
+        except av.FFmpegError:
+            failures += 1
+            if failures > 1000:  # no clip but an attack
+                raise
 
 
 def deinterlaced(pictures, remarks):
@@ -460,25 +459,26 @@ def default_colors(width, height):
     return BT709 if width > 1024 or height > 576 else BT601
 
 
-def frame_rate(stamps, count, lasts, tick, rates):
+def frame_rate(stamps, count, lasts, track):
     """The rate of a clip -> (frames per second, ()), or (their average, times) where it varies.
+
+    A stated rate that agrees with every time stamp is taken for the true one: Matroska rounds
+    stamps to 1 ms, and does not tell 29.97 from 30000/1001.
 
     Args:
         stamps: seconds of the `count` frames, perhaps of one more; [] where there are none.
         lasts: seconds that the last of them is shown, or 0.
-        tick: seconds to which they are rounded; Matroska's 1 ms does not tell 29.97 from
-            30000/1001. So a rate that agrees with every time stamp is taken for the true one.
-        rates: what the file says, most trusted first.
     """
-    stated = rates[0] if rates else Fraction(25)
+    stated = track.guessed_rate or track.average_rate or Fraction(25)
     usual = [Fraction(round(stated)), Fraction(1000 * round(float(stated) * 1.001), 1001)]
-    rates = [rate for rate in usual if rate and abs(rate - stated) < 0.0051] + rates
+    rates = [rate for rate in usual if rate and abs(rate - stated) < 0.0051]
+    rates += [stated, track.average_rate or stated]
     if len(stamps) < count or count == 1 or stamps != sorted(set(stamps)):  # AVI has none to show
-        return rates[0] if rates else stated, ()
+        return rates[0], ()
     times = [stamp - stamps[0] for stamp in stamps]
     rates.append(((len(times) - 1) / times[-1]).limit_denominator(100_000))
     for rate in rates:
-        if all(abs(time - i / rate) <= tick for i, time in enumerate(times)):
+        if all(abs(time - i / rate) <= track.time_base for i, time in enumerate(times)):
             return rate, ()
     if len(times) == count:
         times.append(times[-1] + (lasts or times[-1] / (count - 1)))
@@ -532,26 +532,25 @@ def without_white(frame, alpha):
 @contextlib.contextmanager
 def image_writer(path, source=None, note=lambda text: None):
     """Gives write(frame) for an image, as the extension says; arguments as for `clip_writer`."""
-    path = Path(path)
-    source, suffix = source or Media(path, None), path.suffix.lower()
-    options = IMAGE_OPTIONS[suffix] | source.profile
-    if suffix == ".gif":
-        options = IMAGE_OPTIONS[suffix]
+    suffix, source = Path(path).suffix.lower(), source or Media(path, None)
+    options = dict(IMAGE_OPTIONS[suffix])
+    if suffix != ".gif":
+        options |= source.profile
     try:
         Image.new("RGB", (1, 1)).save(io.BytesIO(), **options)
     except Exception:  # a JPEG has room for 64 KB
         note(f"{suffix} has no room for the EXIF of {source.path}, which is left out")
         options.pop("exif", None)
-
-    def write(frame):
-        if source.alpha is not None and suffix in (".png", ".webp"):
-            frame = without_white(frame, source.alpha[0])
-        image = Image.fromarray(frame)
-        if suffix == ".gif" and "icc_profile" in source.profile:
-            image = to_srgb(image, source.profile["icc_profile"])
-        image.save(unfinished, **options)
-
     with whole(path) as unfinished:
+
+        def write(frame):
+            if source.alpha is not None and suffix in (".png", ".webp"):
+                frame = without_white(frame, source.alpha[0])
+            image = Image.fromarray(frame)
+            if suffix == ".gif" and "icc_profile" in source.profile:
+                image = to_srgb(image, source.profile["icc_profile"])
+            image.save(unfinished, **options)
+
         yield write
 
 
@@ -582,8 +581,7 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
 
     Raises OSError if the file cannot be written.
     """
-    path = Path(path)
-    source, suffix, length = source or Media(path, None), path.suffix.lower(), shape[0]
+    suffix, source, length = Path(path).suffix.lower(), source or Media(path, None), shape[0]
     transparent = source.alpha is not None and suffix in TRANSPARENT_CLIP_OPTIONS
     if source.alpha is not None and not transparent:
         note(f"{suffix} cannot be transparent here; the result lies on white")
@@ -607,15 +605,11 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
             elif source.sound:
                 note(f"{suffix} holds no sound; that of {source.path} is left out")
             container.start_encoding()
-            context, reformatter, numbers = (
-                track.codec_context,
-                VideoReformatter(),
-                itertools.count(),
-            )
+            reformatter, numbers = VideoReformatter(), itertools.count()
             form = {
-                "format": context.pix_fmt,
-                "dst_colorspace": MATRICES.get(context.colorspace),
-                "dst_color_range": context.color_range,
+                "format": track.codec_context.pix_fmt,
+                "dst_colorspace": MATRICES.get(track.codec_context.colorspace),
+                "dst_color_range": track.codec_context.color_range,
             }
 
             def mux(picture):
@@ -710,7 +704,7 @@ def with_palette(frame):
 
 
 def add_other_tracks(container, source, end, note):
-    """Adds sound, subtitles, titles and chapters of a clip, up to `end` seconds."""
+    """Adds sound, subtitles and titles of a clip, up to `end` seconds, but no chapters."""
     sound_codec = "libopus" if container.format.name == "webm" else "aac"
     ways = {"audio": (None, sound_codec), "subtitle": (None,)}  # None copies
     codecs, left_out = {}, []
@@ -718,9 +712,7 @@ def add_other_tracks(container, source, end, note):
         for title, text in original.metadata.items():
             if title.lower() not in TECHNICAL_TITLES:
                 container.metadata[title] = text
-        if end == math.inf:
-            container.set_chapters(original.chapters())
-        elif original.chapters():
+        if original.chapters():
             left_out.append("chapters")
         for track in original.streams:
             if track.index == pictures.index or track.type == "data":
@@ -809,13 +801,13 @@ class Phases:
         now = time.perf_counter()
         if phase != self.phase:
             self.end()
-            self.phase, self.start, self.reported, self.first = phase, now, now, None
+            self.phase, self.start, self.reported = phase, now, now
             # disable=None: shown on a terminal only
             self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=None)
         if done == 1:
             self.first = now - self.start  # seconds of the first step, with the compilation if any
-        self.bar.update(done - self.bar.n)
         self.done = done
+        self.bar.update(done - self.bar.n)
         if self.bar.disable and now - self.reported > REPORT_EVERY:
             self.reported = now
             note(f"{phase} {done} of {total} after {now - self.start:.0f} s")
@@ -823,7 +815,7 @@ class Phases:
     def end(self):
         """Closes the current phase, if there is one."""
         if self.phase:
-            peak = self.peak_memory()  # first, since on a GPU it waits for pending work
+            peak = peak_memory(self.device)  # first, since on a GPU it waits for pending work
             self.bar.close()
             seconds, remark = time.perf_counter() - self.start, ""
             if self.phase == "denoise" and self.done > 1:
@@ -832,28 +824,29 @@ class Phases:
             self.rows.append((self.phase, seconds, peak, remark))
         self.phase = None
 
-    def peak_memory(self):
-        """Bytes: the peak on a CUDA device since the last call, else of the process so far."""
-        if self.device.startswith("cuda"):
-            import torch
-
-            torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return peak
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
     def table(self):
         _, seconds, peaks, _ = zip(*self.rows)
         lines = [f"{'phase':10} {'seconds':>9} {'peak GB':>9}"]
         for phase, duration, peak, remark in [*self.rows, ("total", sum(seconds), max(peaks), "")]:
             lines.append(f"{phase:10} {duration:9.1f} {peak / 1e9:9.2f}{remark}")
         return "\n".join(lines)
+
+
+def peak_memory(device):
+    """Bytes: the peak on a CUDA device since the last call, else of the process so far."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Parser(argparse.ArgumentParser):
@@ -916,26 +909,25 @@ def parse(argv):
     add("instruction", "INSTRUCTION", str, 'what to do, such as "make it night"')
     add("-o --output", "FILE", Path, "the file to write (default: INPUT's name and -edited)")
     add("--ref", "IMAGE", Path, "reference image; may be repeated", action="append", default=[])
-    help = "weights folder (default: weights/shapes)"
-    add("--weights", "DIR", Path, help, default=DEFAULT_WEIGHTS)
+    add("--weights", "DIR", Path, "folder (default: weights/shapes)", default=DEFAULT_WEIGHTS)
     add("--instructx", "DIR", Path, "what train.py wrote, for the instructx/ in the weights folder")
     add("--steps", "N", number(int, 1, 1000), f"of the sampler {configured(50)}")
-    help = "how strongly the instruction is followed; 1 takes half the time"
-    add("--guidance", "G", number(float, 1, 100), f"{help} {configured(5)}")
+    scale = number(float, 1, 100)
+    add("--guidance", "G", scale, f"weight of the instruction; 1 is fastest {configured(5)}")
     add("--seed", "N", number(int, 0, 2**63 - 1), "of the noise (default: 0)", default=0)
     add("--size", "WxH", width_by_height, "scale the input to this size first (default: its own)")
     area = number(int, SMALLEST**2, LARGEST_AREA)
-    help = "edit larger inputs at this area, and scale the result back"
-    add("--area", "PIXELS", area, f"{help} {configured('none')}")
-    help = "of a longer clip edit the first N frames (default: 81)"
-    add("--frames", "N", number(int, 1, 10**6), help, default=81)
+    add(
+        "--area", "PIXELS", area, f"edit larger inputs at this, and scale back {configured('none')}"
+    )
+    add("--frames", "N", number(int, 1, 10**6), "edit the first N frames (default: 81)", default=81)
     switch("--compare", "also write source and result side by side, to FILE's name and _compare")
     add("--device", "NAME", str, "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     help = "float32 or bfloat16, for all but the VAE (default: bfloat16 on CUDA, else float32)"
     add("--dtype", "TYPE", str, help, choices=("float32", "bfloat16"))
     switch("--compile", "compile the DiT's blocks: a slower first step, faster others")
     switch("--offload", "read each block when it is needed: the same result in far less memory")
-    help = "int8: round the DiT's large matrices: half the memory, and a slightly different result"
+    help = "int8: half the memory for the DiT, and a slightly different result"
     add("--quantize", "TYPE", str, help, choices=("int8",))
     help = "let the VAE work on squares of this side: less memory, and a slightly different result"
     add("--tile", "PIXELS", number(int, 64, LARGEST), help)
@@ -948,10 +940,9 @@ def parse(argv):
 
 def check_arguments(args):
     """Checks what can be checked before a file is read. Raises ValueError."""
-    if not args.input.exists():
-        raise ValueError(f"{args.input} does not exist; the INPUT is a file, before INSTRUCTION")
-    if args.input.is_dir():
-        raise ValueError(f"{args.input} is a folder; name an image or a video")
+    if not args.input.is_file():
+        expected = "name an image or a video first, and then the instruction"
+        raise ValueError(f"there is no file {args.input}; {expected}")
     if not args.instruction.strip():
         raise ValueError("the instruction is empty; say what to do")
     if not args.weights.is_dir():
@@ -979,13 +970,12 @@ def trained_area(args):
 
 def read_inputs(args):
     """Media of the source, [uint8 (H, W, 3)] of the references. Notes what is unusual."""
-    for path in (args.input, *args.ref):
+    _, height, width = media_shape(args.input)
+    check_size(args.input, *working_size(*(args.size or (width, height)), args.area))
+    for path in args.ref:
         length, height, width = media_shape(path)
-        if path != args.input:
-            if length > 1 or path.is_dir():
-                raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
-        else:
-            width, height = working_size(*(args.size or (width, height)), args.area)
+        if length > 1 or path.is_dir():
+            raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
         check_size(path, width, height)
     source = read_frames(args.input, args.frames, args.size)
     for remark in source.remarks:
@@ -1024,7 +1014,7 @@ def check_size(path, width, height):
 
 
 def name_outputs(args, source):
-    """The files to write. Raises ValueError if one could not be written, or another be lost."""
+    """The files to write. Raises ValueError for one that cannot be, or that would be lost."""
     options = CLIP_OPTIONS if source.is_video else IMAGE_OPTIONS
     output = args.output
     if not output:
@@ -1060,15 +1050,12 @@ def load(args):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one error
         reason = str(error).partition("\n")[0]
-        problem = f"is not available ({reason}); cpu always is"
-        raise ValueError(f"--device {device} {problem}") from None
+        raise ValueError(f"--device {device} is not available ({reason})") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     quantize = torch.int8 if args.quantize else None
-    dtype = getattr(torch, dtype)
-    model = InstructX.from_pretrained(
-        args.weights, device, dtype, args.instructx, args.offload, quantize
-    )
+    settings = getattr(torch, dtype), args.instructx, args.offload, quantize
+    model = InstructX.from_pretrained(args.weights, device, *settings)
     if args.tile:
         tile(model.vae, args.tile)
     if args.compile:
