@@ -33,7 +33,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.reformatter import ColorRange
 from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -86,10 +86,10 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ignore t
 # Colors of a clip are code points of ITU-T H.273: matrix, primaries, transfer.
 BT709, BT601 = (1, 1, 1), (6, 2, 2)
 UNKNOWN, BT2020 = 2, 9
-MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # H.273's number: swscale's
-# swscale's bicubic, full chroma, accurate rounding. By default it is quick, and darkens a clip by a
-# level each time that it goes from RGB to YUV or back.
-EXACT = 4 | 0x2000 | 0x40000
+FULL_RANGE = 2
+MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020"}
+# Between RGB and YUV FFmpeg is quick by default, and darkens a clip by a level each time.
+EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
 
 LEAD_IN = 0.1  # seconds of sound that are kept before the first frame, since decoders need them
 TECHNICAL_TITLES = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration"}
@@ -330,8 +330,7 @@ def open_clip(path):
 
 def read_clip(path, limit=None, size=None):
     """A clip -> Media."""
-    total, reformatter = count_frames(path), VideoReformatter()
-    remarks, frames, alphas, stamps = [], [], [], []
+    total, remarks, frames, alphas, stamps = count_frames(path), [], [], [], []
     with open_clip(path) as (container, track):
         pictures = decode(container, track)
         first = next(pictures, None)
@@ -340,17 +339,15 @@ def read_clip(path, limit=None, size=None):
         components, display = first.format.components, first.side_data.get("DISPLAYMATRIX")
         aspect = None if size else track.sample_aspect_ratio
         colors = clip_colors(first, track)
-        matrix = MATRICES[(colors or default_colors(first.width, first.height))[0]]
         transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
-        form = {"format": "rgba" if transparent else "rgb24", "src_colorspace": matrix}
-        for picture in deinterlaced(itertools.chain([first], pictures), remarks):
+        layout = "rgba" if transparent else "rgb24"
+        for picture in to_rgb(itertools.chain([first], pictures), layout, colors, remarks):
             if picture.pts is not None:
                 stamps.append(picture.pts * picture.time_base)
             lasts = (picture.duration or 0) * picture.time_base
             if len(frames) == limit:  # one more frame tells how long the last one is shown
                 break
-            rgb = reformatter.reformat(picture, **form, interpolation=EXACT).to_ndarray()
-            frame, alpha = pixels(Image.fromarray(upright(rgb, display)), size)
+            frame, alpha = pixels(Image.fromarray(upright(picture.to_ndarray(), display)), size)
             size = frame.shape[1::-1]
             frames.append(frame)
             alphas.append(alpha)
@@ -412,22 +409,43 @@ def decode(container, track):
                 raise
 
 
-def deinterlaced(pictures, remarks):
-    """Yields av.VideoFrames; from the first interlaced one on they are made whole."""
-    graph = None
-    for picture in itertools.chain(pictures, [None]):
-        if picture and picture.interlaced_frame and not graph:
-            remarks.append("is interlaced; the result is not")
-            graph = av.filter.Graph()
-            source, sink = graph.add_buffer(picture), graph.add("buffersink")
-            graph.link_nodes(source, graph.add("bwdif", "mode=send_frame"), sink).configure()
-        if graph:
-            graph.push(picture)
-            with contextlib.suppress(av.BlockingIOError, av.EOFError):
-                while True:
-                    yield graph.pull()
-        elif picture:
-            yield picture
+def to_rgb(pictures, layout, colors, remarks):
+    """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
+    graph = buffer = interlaced = None
+    for picture in pictures:
+        interlaced = interlaced or picture.interlaced_frame
+        previous, buffer = buffer, (picture.width, picture.height, picture.format.name, interlaced)
+        if buffer != previous:  # seldom after the first
+            yield from pulled(graph, None) if graph else ()
+            scale = EXACT
+            if not picture.format.is_rgb:
+                matrix = (colors or default_colors(picture.width, picture.height))[0]
+                limits = "full" if picture.color_range == FULL_RANGE else "auto"
+                scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
+            graph = filter_graph(*buffer, picture.time_base, scale, layout)
+        yield from pulled(graph, picture)
+    if interlaced:
+        remarks.append("is interlaced; the result is not")
+    yield from pulled(graph, None)
+
+
+def filter_graph(width, height, layout, interlaced, tick, scale, new_layout):
+    """FFmpeg's filters from one pixel format to another. PyAV's `reformat` would shift chroma."""
+    graph = av.filter.Graph()
+    nodes = [graph.add_buffer(width=width, height=height, format=layout, time_base=tick)]
+    if interlaced:
+        nodes.append(graph.add("bwdif", "mode=send_frame"))
+    nodes += [graph.add("scale", scale), graph.add("format", f"pix_fmts={new_layout}")]
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+def pulled(graph, picture):
+    """Gives a filter graph a frame, or None at the end, and yields what it has ready."""
+    graph.push(picture)
+    with contextlib.suppress(av.BlockingIOError, av.EOFError):
+        while True:
+            yield graph.pull()
 
 
 def upright(array, display_matrix):
@@ -605,17 +623,15 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
             elif source.sound:
                 note(f"{suffix} holds no sound; that of {source.path} is left out")
             container.start_encoding()
-            reformatter, numbers = VideoReformatter(), itertools.count()
-            form = {
-                "format": track.codec_context.pix_fmt,
-                "dst_colorspace": MATRICES.get(track.codec_context.colorspace),
-                "dst_color_range": track.codec_context.color_range,
-            }
+            layout = "rgba" if transparent else "rgb24"
+            graph = encoder_graph(track.codec_context, layout, tick)
+            numbers = itertools.count()
 
-            def mux(picture):
-                for packet in track.encode(picture):
-                    packet.duration = durations.get(packet.pts, 1)
-                    container.mux(packet)
+            def mux(pictures):
+                for picture in pictures:
+                    for packet in track.encode(picture):
+                        packet.duration = durations.get(packet.pts, 1)
+                        container.mux(packet)
 
             def write(frame):
                 i = next(numbers)
@@ -623,17 +639,12 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                     return
                 if transparent:
                     frame = without_white(frame, source.alpha[i])
-                if suffix == ".gif":
-                    picture = with_palette(frame)
-                else:
-                    frame = np.ascontiguousarray(frame)
-                    picture = av.VideoFrame.from_ndarray(frame, "rgba" if transparent else "rgb24")
-                    picture = reformatter.reformat(picture, **form, interpolation=EXACT)
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
                 picture.pts, picture.time_base = stamps[i], tick
-                mux(picture)
+                mux(pulled(graph, picture))
 
             yield write
-            mux(None)
+            mux([*pulled(graph, None), None])
     except av.FFmpegError as error:
         raise OSError(f"{path} could not be written: {error.strerror}") from None
 
@@ -689,18 +700,22 @@ def add_pictures(container, options, shape, fps, tick, source):
     return track
 
 
-def with_palette(frame):
-    """uint8 (H, W, 3 or 4) -> av.VideoFrame of 255 colors of its own and a transparent one."""
-    image = Image.fromarray(frame[..., :3])
-    image = image.quantize(palette=image.quantize(255))  # this one dithers
-    rgb = np.reshape(image.getpalette(), (-1, 3))[:255]
-    palette = np.full((256, 4), 255, np.uint8)  # alpha, red, green, blue
-    palette[: len(rgb), 1:] = rgb
-    palette[255] = 0
-    indices = np.array(image)
-    if frame.shape[2] == 4:
-        indices[frame[..., 3] < 128] = 255
-    return av.VideoFrame.from_ndarray((indices, palette), "pal8")
+def encoder_graph(encoder, layout, tick):
+    """The filters that make frames what an encoder takes. A GIF gets one palette for all."""
+    size = encoder.width, encoder.height
+    if encoder.pix_fmt != "pal8":
+        scale = EXACT
+        if encoder.colorspace in MATRICES:
+            scale += f":out_color_matrix={MATRICES[encoder.colorspace]}:out_range=limited"
+        return filter_graph(*size, layout, False, tick, scale, encoder.pix_fmt)
+    graph = av.filter.Graph()
+    buffer = graph.add_buffer(width=size[0], height=size[1], format=layout, time_base=tick)
+    split, palette, paint = map(graph.add, ("split", "palettegen", "paletteuse"))
+    graph.link_nodes(buffer, split, paint, graph.add("buffersink"))
+    split.link_to(palette, 1, 0)
+    palette.link_to(paint, 0, 1)
+    graph.configure()
+    return graph
 
 
 def add_other_tracks(container, source, end, note):
@@ -755,7 +770,7 @@ def carry(container, source, codecs, end):
                 new.codec_context.flags |= av.codec.context.Flags.bitexact
             else:
                 new = container.add_stream_from_template(track)
-            new.disposition = track.disposition  # default, forced, commentary ...
+            new.disposition = track.disposition.value  # default, forced, commentary ...
             for name in {"language", "title"} & set(track.metadata):
                 new.metadata[name] = track.metadata[name]
             added[track.index] = new
@@ -1027,7 +1042,8 @@ def name_outputs(args, source):
     for path in outputs:
         if path.suffix.lower() not in options:
             content = "a clip" if source.is_video else "an image"
-            raise ValueError(f"{path} cannot hold {content}; {' '.join(options)} can")
+            known = f"known are {' '.join(options)}"
+            raise ValueError(f"{path} has no known extension of {content}; {known}")
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is a folder or a device; name a file")
         if path.exists() and not args.output:
