@@ -85,8 +85,7 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ignore t
 
 # Colors of a clip are code points of ITU-T H.273: matrix, primaries, transfer.
 BT709, BT601 = (1, 1, 1), (6, 2, 2)
-UNKNOWN, BT2020 = 2, 9
-FULL_RANGE = 2
+UNKNOWN, BT2020, FULL_RANGE = 2, 9, 2
 MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020"}
 # Between RGB and YUV FFmpeg is quick by default, and darkens a clip by a level each time.
 EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
@@ -733,7 +732,8 @@ def add_other_tracks(container, source, end, note):
             if track.index == pictures.index or track.type == "data":
                 continue
             for codec in ways.get(track.type, ()):
-                if fits(container.format.name, source, {track.index: codec}, end):
+                readable = codec is None or track.codec_context
+                if readable and fits(container.format.name, source, {track.index: codec}, end):
                     codecs[track.index] = codec
                     break
             else:
