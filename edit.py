@@ -7,9 +7,9 @@ The file's content decides between image and clip, not its extension. The result
 size, frame count, times and sound, aligned pixel for pixel, and takes its name once complete.
 stdout gets the names of the files written; stderr gets progress, remarks, seconds and memory.
 
-PIL reads images and animations; PyAV reads clips, and writes clips and animations. `read_frames`,
-`media_shape`, `write_image`, `write_clip` and `whole` stand alone: train.py uses them too. torch
-and the models are imported late, inside `load`, so that a mistyped option is reported at once.
+PIL reads images and animations; PyAV reads clips, and writes clips and animations. train.py uses
+`read_frames`, `media_shape` and `whole` too. torch and the models are imported late, inside `load`,
+so that a mistyped option is reported at once.
 """
 
 import argparse
@@ -22,14 +22,12 @@ import os
 import platform
 import re
 import signal
-import statistics
 import sys
 import time
 import warnings
 import zlib
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import av
@@ -47,14 +45,10 @@ ANIMATED_FORMATS = ("PNG", "WEBP", "GIF")
 CLIP_FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,mxf,dv,h264,hevc,ivf,nut,yuv4mpegpipe"
 )
-# Of these photos a preview or a single tile would be opened. Most camera raw files are TIFFs.
-RAW_SUFFIXES = set(
-    ".3fr .arw .cr2 .cr3 .dng .erf .iiq .kdc .mos .nef .nrw .orf .pef .raf .rw2 .srw".split()
-)
-PHOTO_BRANDS = (b"hei", b"hev", b"mif", b"avi", b"crx")
-NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706
-# Of a TIFF's tags those that are about the picture, not about where in the file its pixels are:
-# description, camera, software, date, author, copyright, EXIF, GPS.
+PHOTO_BRANDS = (b"hei", b"hev", b"mif", b"avi", b"crx")  # HEIC, AVIF, CR3
+NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706  # tags of a TIFF
+# Description, camera, software, date, author, copyright, EXIF, GPS; a TIFF's other tags are about
+# where in the file its pixels are.
 TIFF_TAGS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, 0x8769, 0x8825}
 
 # What is written, by extension. For images: arguments of PIL's save.
@@ -69,40 +63,38 @@ IMAGE_OPTIONS = {
 # For clips: FFmpeg's container, codec, pixel format, and options of the codec.
 H264 = ("libx264", "yuv420p", {"preset": "medium", "crf": "16"})
 VP9 = {"crf": "18", "b": "0", "cpu-used": "3"}
-GIF = ("gif", "gif", "pal8", {})
-WEBP = ("webp", "libwebp_anim", "bgra", {"quality": "95"})
 CLIP_OPTIONS = {
     ".mp4": ("mp4", *H264),
     ".mov": ("mov", *H264),
     ".mkv": ("matroska", *H264),
     ".webm": ("webm", "libvpx-vp9", "yuv420p", VP9),
-    ".gif": GIF,
-    ".webp": WEBP,
+    ".gif": ("gif", "gif", "pal8", {}),
+    ".webp": ("webp", "libwebp_anim", "bgra", {"quality": "95"}),
     ".png": ("apng", "apng", "rgb24", {}),
 }
+ANIMATIONS = (".gif", ".webp", ".png")
 TRANSPARENT_CLIP_OPTIONS = {
     ".mov": ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
     ".webm": ("webm", "libvpx-vp9", "yuva420p", VP9),
-    ".gif": GIF,
-    ".webp": WEBP,
+    ".gif": CLIP_OPTIONS[".gif"],
+    ".webp": CLIP_OPTIONS[".webp"],
     ".png": ("apng", "apng", "rgba", {}),
 }
-ANIMATIONS = (".gif", ".webp", ".png")
 THREADS = 4  # fixed, because x264 and VP9 code differently with another number
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ignore transparency
 
-# Between RGB and YUV FFmpeg is quick by default, and darkens a clip by a level each time.
-EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
 # Colors of a clip are code points of ITU-T H.273: matrix, primaries, transfer.
 BT709, BT601 = (1, 1, 1), (6, 2, 2)
 UNKNOWN, BT2020, FULL_RANGE = 2, 9, 2
-HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9: "bt2020"}
+# Between RGB and YUV FFmpeg is quick by default, and darkens a clip by a level each time.
+EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
 
 LEAD_IN = 0.1  # seconds of sound that are kept before the first frame, since decoders need them
 TECHNICAL_TITLES = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration"}
-SMALLEST, LARGEST, LARGEST_AREA = 16, 8192, 4096 * 4096  # pixels
-WEBP_SIDE = 16383  # the longest that the format can say
+SMALLEST = 16  # pixels a side
+LARGEST = 8191  # pixels a side; WebP holds twice as many, which --compare needs
+LARGEST_AREA = 4096 * 4096
 MOST_NARROW = 200  # the MLLM takes sides of less than 200 to 1
 REPORT_EVERY = 10  # seconds, where stderr is no terminal
 DEFAULT_WEIGHTS = Path(__file__).resolve().parent / "weights" / "shapes"
@@ -137,33 +129,26 @@ class Media:
     def is_video(self):
         return self.fps is not None
 
-    @property
-    def steady(self):
-        """Whether the frame rate is constant."""
-        return not self.times
-
 
 # Media in
 
 
-def read_frames(path, limit=None, size=None, check=None):
+def read_frames(path, limit=None, size=None):
     """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of numbers).
 
     Args:
         limit: at most so many frames are decoded. None for all.
         size: (width, height) to which every frame is scaled. None for its own.
-        check: called as check(path, width, height) before much is decoded; it may raise MediaError.
 
     Returns: Media. Frames are turned as the file says, and laid on white where transparent.
     Raises FileNotFoundError, or MediaError for anything else than a whole image or clip.
     """
-    path, check = Path(path), check or (lambda path, width, height: None)
+    path = Path(path)
     if path.is_dir():
-        return read_folder(path, limit, size, check)
+        return read_folder(path, limit, size)
     with open_image(path) as image:
         if image is None:
-            return read_clip(path, limit, size, check)
-        check(path, *(size or image.size))
+            return read_clip(path, limit, size)
         if frame_count(image) > 1:
             return read_animation(path, image, limit, size)
         return read_image(path, image, size)
@@ -180,16 +165,16 @@ def media_shape(path):
             clip = read_clip(path, 1)
             return clip.total, *clip.frames.shape[1:3]
         length = frame_count(image)
-        turned = length == 1 and orientation(image) > 4
-        return length, *(image.size if turned else image.size[::-1])
+        # A PNG's EXIF counts only before its pixels, so that none need be decoded.
+        lies = length == 1 and Image.Image.getexif(image).get(0x0112, 1) > 4
+        return length, *(image.size if lies else image.size[::-1])
 
 
 @contextlib.contextmanager
 def open_image(path):
     """Gives the PIL image at `path`, None for what may be a clip. Errors inside are MediaErrors."""
     if not path.is_file():
-        problem = "is a pipe or a device, not a file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {problem}")
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         try:
             image = Image.open(path, formats=IMAGE_FORMATS)
@@ -197,14 +182,9 @@ def open_image(path):
             image = None
         with image or contextlib.nullcontext():
             if is_preview(path, image):
-                kind = "a camera raw file, or a HEIC or AVIF photo"
-                raise MediaError(f"{path} is {kind}; convert it to JPEG, PNG or TIFF first")
+                photo = "a camera raw, HEIC or AVIF photo"
+                raise MediaError(f"{path} is {photo}; convert it to JPEG, PNG or TIFF first")
             yield image
-    except Image.DecompressionBombError:
-        most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise MediaError(
-            f"{path} has more than {most:.0f} million pixels; scale it first"
-        ) from None
     except MediaError:
         raise
     except Exception as error:  # each decoder fails in its own way
@@ -215,33 +195,25 @@ def open_image(path):
 
 
 def is_preview(path, image):
-    """Whether only a preview or a tile of a photo would be opened: camera raw, HEIC, AVIF."""
+    """Whether only a preview or a tile of a photo would be opened. Most camera raws are TIFFs."""
     with path.open("rb") as file:
         head = file.read(12)
-    if head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS:
-        return True
     if image and image.format == "TIFF":
         tags = image.tag_v2
-        if head[8:10] == b"CR" or DNG_VERSION in tags or tags.get(NEW_SUBFILE_TYPE, 0) & 1:
-            return True
-    return path.suffix.lower() in RAW_SUFFIXES
+        return tags.get(NEW_SUBFILE_TYPE, 0) & 1 or DNG_VERSION in tags or head[8:10] == b"CR"
+    return head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS
 
 
 def frame_count(image):
     return image.n_frames if image.format in ANIMATED_FORMATS else 1
 
 
-def orientation(image):
-    """1 to 8, as in EXIF. A PNG's counts only before its pixels, so that none need be decoded."""
-    return Image.Image.getexif(image).get(0x0112, 1)
-
-
 def frame_files(path):
     """The images of a folder, frame_2.png before frame_10.png, without hidden ones."""
 
     def by_numbers(file):
-        parts = re.split(r"(\d+)", file.name)
-        return [int(part) if part.isdecimal() else part for part in parts]
+        pieces = re.split(r"(\d+)", file.name)
+        return [int(piece) if piece.isdecimal() else piece for piece in pieces]
 
     files = [file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_OPTIONS]
     if not files:
@@ -249,54 +221,43 @@ def frame_files(path):
     return sorted(files, key=by_numbers)
 
 
-def read_folder(path, limit, size, check):
+def read_folder(path, limit, size):
     """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
     files = frame_files(path)
-    frames, shapes = [], set()
-    for file in files[:limit]:
-        frame = read_frames(file, 1, check=lambda path, *own: check(path, *(size or own))).frames[0]
-        shapes.add(frame.shape)
-        frames.append(fit(frame, size))
-    if len(shapes) != 1:
+    if len({media_shape(file)[1:] for file in files[:limit]}) != 1:
         raise MediaError(f"{path} is not a folder of images of one size")
+    frames = [read_frames(file, 1, size).frames[0] for file in files[:limit]]
     return Media(path, np.stack(frames), fps=Fraction(16), total=len(files))
 
 
 def read_image(path, image, size):
     """A PIL image -> Media of one frame, with its transparency, color profile and EXIF."""
-    profile, remarks, is_tiff = {}, [], image.format == "TIFF"
-    if orientation(image) > 1:
-        image = ImageOps.exif_transpose(image)
-    try:
+    profile = {}
+    ImageOps.exif_transpose(image, in_place=True)
+    with contextlib.suppress(Exception):  # damaged EXIF is left out
         exif = image.getexif()
-        for tag in set(exif) - TIFF_TAGS if is_tiff else ():
+        for tag in set(exif) - TIFF_TAGS if image.format == "TIFF" else ():
             del exif[tag]
         if len(exif):
             profile["exif"] = exif.tobytes()
-    except Exception:
-        remarks.append("has damaged EXIF, which is left out")
     icc = image.info.get("icc_profile") or b""
-    if icc[16:20] == b"RGB ":
+    if icc[16:20] == b"RGB ":  # CMYK and grey become sRGB, as the result is RGB
         profile["icc_profile"] = icc
-    elif icc:  # of CMYK or grey, which the result is not
-        image = to_srgb(eight_bits(image), icc)
-    frame, alpha = pixels(image)
-    alpha = None if alpha is None else fit(alpha, size)[None]
-    return Media(path, fit(frame, size)[None], alpha=alpha, profile=profile, remarks=remarks)
+    frame, alpha = pixels(image, size, None if profile.get("icc_profile") else icc)
+    return Media(path, frame[None], alpha=unless_opaque([alpha]), profile=profile)
 
 
 def read_animation(path, image, limit, size):
     """An animated PNG, WebP or GIF -> Media."""
     frames, alphas, durations = [], [], []
     icc = image.info.get("icc_profile")
-    for frame in itertools.islice(ImageSequence.Iterator(image), limit):
-        frame.load()  # before, WebP tells no duration
-        milliseconds = frame.info.get("duration") or 100  # browsers too show 0 as 100
+    for picture in itertools.islice(ImageSequence.Iterator(image), limit):
+        picture.load()  # before, WebP tells no duration
+        milliseconds = picture.info.get("duration") or 100  # browsers too show 0 as 100
         durations.append(Fraction(milliseconds) / 1000)
-        frame, alpha = pixels(to_srgb(frame, icc) if icc else frame)
-        opaque = np.full(frame.shape[:2], 255, np.uint8)
-        frames.append(fit(frame, size))
-        alphas.append(fit(opaque if alpha is None else alpha, size))
+        frame, alpha = pixels(picture, size, icc)
+        frames.append(frame)
+        alphas.append(alpha)
     times = (0, *itertools.accumulate(durations))
     fps = (len(frames) / times[-1]).limit_denominator(1001)
     if max(durations) - min(durations) <= Fraction(1, 100):  # GIF counts in hundredths of a second
@@ -306,21 +267,33 @@ def read_animation(path, image, limit, size):
     return Media(path, np.stack(frames), fps, image.n_frames, times, alpha, loop=loop)
 
 
-def unless_opaque(alphas):
-    """[uint8 (H, W)] -> (T, H, W), or None where nothing is transparent."""
-    if all(alpha.min() == 255 for alpha in alphas):
-        return None
-    return np.stack(alphas)
+def pixels(image, size=None, icc=None):
+    """A PIL image -> uint8 (H, W, 3), laid on white where transparent, and alpha, uint8 (H, W).
 
-
-def eight_bits(image):
-    """16 bits of grey, which PIL would clip at 255 rather than scale, as 8."""
+    Args:
+        size: (width, height) to which it is scaled. None for its own.
+        icc: the color profile from which it is converted to sRGB.
+    """
     if image.mode == "F":
         raise ValueError("floating point pixels; 8 or 16 bits can be read")
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip at 255
         grey = (np.asarray(image) / 257).round().clip(0, 255)
-        return Image.fromarray(grey.astype(np.uint8))
-    return image
+        image = Image.fromarray(grey.astype(np.uint8))
+    if icc:
+        image = to_srgb(image, icc)
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image = image.resize(size or image.size, Image.Resampling.LANCZOS)
+    if image.mode == "RGB":
+        return np.asarray(image), np.broadcast_to(np.uint8(255), image.size[::-1])
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return np.asarray(white.convert("RGB")), np.asarray(image.getchannel("A"))
+
+
+def unless_opaque(alphas):
+    """[uint8 (H, W)] -> (T, H, W), or None where nothing is transparent."""
+    opaque = all(alpha.min() == 255 for alpha in alphas)
+    return None if opaque else np.stack(alphas)
 
 
 def to_srgb(image, icc):
@@ -334,24 +307,6 @@ def to_srgb(image, icc):
         return ImageCms.profileToProfile(image, profile, srgb, intent, outputMode=mode)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
-
-
-def pixels(image):
-    """A PIL image -> uint8 (H, W, 3), laid on white where transparent, and alpha (H, W) or None."""
-    image = eight_bits(image)
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB")), None
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    return np.asarray(white.convert("RGB")), np.asarray(image.getchannel("A"))
-
-
-def fit(array, size):
-    """Scales uint8 (H, W) or (H, W, 3) to (width, height); None leaves it as it is."""
-    if size is None or array.shape[1::-1] == size:
-        return array
-    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
 
 
 @contextlib.contextmanager
@@ -372,7 +327,7 @@ def open_clip(path):
             yield container, tracks[0]
 
 
-def read_clip(path, limit=None, size=None, check=None):
+def read_clip(path, limit=None, size=None):
     """A clip -> Media."""
     total, remarks, frames, alphas, stamps = count_frames(path), [], [], [], []
     with open_clip(path) as (container, track):
@@ -380,36 +335,25 @@ def read_clip(path, limit=None, size=None, check=None):
         first = next(pictures, None)
         if first is None:
             raise MediaError(f"{path} has no frame that can be decoded")
-        turn = sideways, _, _ = turn_of(first)
-        aspect, own_size = Fraction(track.sample_aspect_ratio or 1), (first.width, first.height)
-        if sideways:
-            aspect, own_size = 1 / aspect, own_size[::-1]
-        size = size or own_size
-        if check:
-            check(path, *size)
-        colors, components = clip_colors(first, track), first.format.components
-        transparent = first.format.has_palette or any(part.is_alpha for part in components)
+        components, display = first.format.components, first.side_data.get("DISPLAYMATRIX")
+        aspect = None if size else track.sample_aspect_ratio
+        colors = clip_colors(first, track)
+        transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
         layout = "rgba" if transparent else "rgb24"
-        pictures = itertools.chain([first], pictures)
-        for picture in to_rgb(pictures, layout, colors, remarks):
+        for picture in to_rgb(itertools.chain([first], pictures), layout, colors, remarks):
             if picture.pts is not None:
                 stamps.append(picture.pts * picture.time_base)
             lasts = (picture.duration or 0) * picture.time_base
             if len(frames) == limit:  # one more frame tells how long the last one is shown
                 break
-            frame, alpha = pixels(Image.fromarray(turned(picture.to_ndarray(), turn)))
-            frames.append(fit(frame, size))
-            if alpha is not None:
-                alphas.append(fit(alpha, size))
-        rates = [track.guessed_rate, track.average_rate, track.base_rate]
-        rates = [rate for rate in rates if rate]
-        fps, times = frame_rate(stamps, len(frames), lasts, track.time_base, rates)
-        bits = max(part.bits for part in components)
-        if colors and colors[2] in HDR_TRANSFERS:
-            kept = "the result keeps its label, but has 8 bits per color"
-            remarks.append(f"is HDR ({HDR_TRANSFERS[colors[2]]}); {kept}")
-        elif bits > 8:
-            remarks.append(f"has {bits} bits per color; the result has 8")
+            frame, alpha = pixels(Image.fromarray(upright(picture.to_ndarray(), display)), size)
+            size = frame.shape[1::-1]
+            frames.append(frame)
+            alphas.append(alpha)
+        fps, times = frame_rate(stamps, len(frames), lasts, track)
+        bits = max(channel.bits for channel in components)
+        if bits > 8:
+            remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
         return Media(
             path,
             np.stack(frames),
@@ -420,7 +364,7 @@ def read_clip(path, limit=None, size=None, check=None):
             start=min(stamps, default=Fraction(0)),
             sound=len(container.streams.audio) > 0,
             colors=colors,
-            aspect=aspect if aspect != 1 and size == own_size else None,
+            aspect=None if aspect == 1 else aspect,
             remarks=remarks,
         )
 
@@ -464,53 +408,34 @@ def decode(container, track):
                 raise
 
 
-def turn_of(picture):
-    """How a clip is shown: (sideways, then upside down, mirrored). x' = ax + cy, y' = bx + dy."""
-    data = picture.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return False, False, False
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
-
-
-def turned(frame, turn):
-    """Turns an array (H, W, C) by quarters and mirrors it."""
-    sideways, upside_down, mirrored = turn
-    frame = frame.swapaxes(0, 1) if sideways else frame
-    return np.ascontiguousarray(frame[:: -1 if upside_down else 1, :: -1 if mirrored else 1])
-
-
 def to_rgb(pictures, layout, colors, remarks):
     """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
-    graph = now = interlaced = None
+    graph = buffer = interlaced = None
     for picture in pictures:
         interlaced = interlaced or picture.interlaced_frame
-        before, now = now, (picture.width, picture.height, picture.format.name, interlaced)
-        if now != before:  # seldom after the first
+        previous, buffer = buffer, (picture.width, picture.height, picture.format.name, interlaced)
+        if buffer != previous:  # seldom after the first
             yield from pulled(graph, None) if graph else ()
             scale = EXACT
             if not picture.format.is_rgb:
                 matrix = (colors or default_colors(picture.width, picture.height))[0]
                 limits = "full" if picture.color_range == FULL_RANGE else "auto"
                 scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
-            filters = [("scale", scale), ("format", f"pix_fmts={layout}")]
-            if interlaced:
-                filters.insert(0, ("bwdif", "mode=send_frame"))
-            size = picture.width, picture.height
-            graph = filter_graph(size, picture.format.name, picture.time_base, filters)
+            graph = filter_graph(*buffer, picture.time_base, scale, layout)
         yield from pulled(graph, picture)
     if interlaced:
         remarks.append("is interlaced; the result is not")
     yield from pulled(graph, None)
 
 
-def filter_graph(size, layout, tick, filters):
-    """FFmpeg's filters [(name, arguments)] in a row."""
+def filter_graph(width, height, layout, interlaced, tick, scale, new_layout):
+    """FFmpeg's filters from one pixel format to another. PyAV's `reformat` would shift chroma."""
     graph = av.filter.Graph()
-    width, height = size
-    source = graph.add_buffer(width=width, height=height, format=layout, time_base=tick)
-    nodes = [graph.add(name, arguments) for name, arguments in filters]
-    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
+    nodes = [graph.add_buffer(width=width, height=height, format=layout, time_base=tick)]
+    if interlaced:
+        nodes.append(graph.add("bwdif", "mode=send_frame"))
+    nodes += [graph.add("scale", scale), graph.add("format", f"pix_fmts={new_layout}")]
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
     return graph
 
 
@@ -520,6 +445,18 @@ def pulled(graph, picture):
     with contextlib.suppress(av.BlockingIOError, av.EOFError):
         while True:
             yield graph.pull()
+
+
+def upright(array, display_matrix):
+    """Turns an array (H, W, C) by quarters and mirrors it, as a clip's display matrix says."""
+    if display_matrix is None:
+        return array
+    # Up to a shift, the pixel (x, y) is shown at (ax + cy, bx + dy).
+    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        array = array.swapaxes(0, 1)
+        a, d = c, b
+    return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def clip_colors(picture, track):
@@ -539,25 +476,26 @@ def default_colors(width, height):
     return BT709 if width > 1024 or height > 576 else BT601
 
 
-def frame_rate(stamps, count, lasts, tick, rates):
+def frame_rate(stamps, count, lasts, track):
     """The rate of a clip -> (frames per second, ()), or (their average, times) where it varies.
+
+    A stated rate that agrees with every time stamp is taken for the true one: Matroska rounds
+    stamps to 1 ms, and does not tell 29.97 from 30000/1001.
 
     Args:
         stamps: seconds of the `count` frames, perhaps of one more; [] where there are none.
         lasts: seconds that the last of them is shown, or 0.
-        tick: seconds to which they are rounded; Matroska's 1 ms does not tell 29.97 from
-            30000/1001. So a rate that agrees with every time stamp is taken for the true one.
-        rates: what the file says, most trusted first.
     """
-    stated = rates[0] if rates else Fraction(25)
+    stated = track.guessed_rate or track.average_rate or Fraction(25)
     usual = [Fraction(round(stated)), Fraction(1000 * round(float(stated) * 1.001), 1001)]
-    rates = [rate for rate in usual if rate and abs(rate - stated) < 0.0051] + rates
+    rates = [rate for rate in usual if rate and abs(rate - stated) < 0.0051]
+    rates += [stated, track.average_rate or stated]
     if len(stamps) < count or count == 1 or stamps != sorted(set(stamps)):  # AVI has none to show
-        return rates[0] if rates else stated, ()
+        return rates[0], ()
     times = [stamp - stamps[0] for stamp in stamps]
     rates.append(((len(times) - 1) / times[-1]).limit_denominator(100_000))
     for rate in rates:
-        if all(abs(time - i / rate) <= tick for i, time in enumerate(times)):
+        if all(abs(time - i / rate) <= track.time_base for i, time in enumerate(times)):
             return rate, ()
     if len(times) == count:
         times.append(times[-1] + (lasts or times[-1] / (count - 1)))
@@ -573,27 +511,25 @@ def whole(path):
 
     Whoever writes it, the file gets the permissions of a new file. A link is followed.
     """
-    unfinished = unfinished_path(path)
+    target = Path(os.path.realpath(path))
+    name = zlib.crc32(os.fsencode(target.name))  # short, whatever the name
+    unfinished = target.with_name(f".{name:08x}-{platform.node()}-{os.getpid()}.partial")
     try:
         unfinished.touch()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror})") from None
+    try:
         mode = unfinished.stat().st_mode
         yield unfinished
         unfinished.chmod(mode)
-        os.replace(unfinished, os.path.realpath(path))
+        os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def unfinished_path(path):
-    """The name of a file until it is complete: hidden, beside it, and of this process alone."""
-    target = Path(os.path.realpath(path))
-    name = zlib.crc32(os.fsencode(target.name))  # short, whatever the name
-    return target.with_name(f".{name:08x}-{platform.node()}-{os.getpid()}.partial")
-
-
 def sweep(folder):
     """Removes what killed processes of this machine left unfinished."""
-    leftovers = Path(folder).glob(f".????????-{platform.node()}-*.partial")
+    leftovers = folder.glob(f".????????-{platform.node()}-*.partial")
     for file in leftovers if os.name == "posix" else ():  # elsewhere asking ends the process
         try:
             os.kill(int(file.stem.rpartition("-")[2]), 0)  # asks only
@@ -610,31 +546,35 @@ def without_white(frame, alpha):
     return np.dstack([color.round().clip(0, 255).astype(np.uint8), alpha])
 
 
-def image_options(suffix, source):
-    """Arguments of PIL's save, tried on one pixel -> (dict, whether EXIF has room)."""
-    if suffix == ".gif":
-        return IMAGE_OPTIONS[suffix], True
-    options = IMAGE_OPTIONS[suffix] | source.profile
+@contextlib.contextmanager
+def image_writer(path, source=None, note=lambda text: None):
+    """Gives write(frame) for an image, as the extension says; arguments as for `clip_writer`."""
+    suffix, source = Path(path).suffix.lower(), source or Media(path, None)
+    options = dict(IMAGE_OPTIONS[suffix])
+    if suffix != ".gif":
+        options |= source.profile
     try:
         Image.new("RGB", (1, 1)).save(io.BytesIO(), **options)
-        return options, True
     except Exception:  # a JPEG has room for 64 KB
+        note(f"{suffix} has no room for the EXIF of {source.path}, which is left out")
         options.pop("exif", None)
-        return options, False
+    with whole(path) as unfinished:
+
+        def write(frame):
+            if source.alpha is not None and suffix in (".png", ".webp"):
+                frame = without_white(frame, source.alpha[0])
+            image = Image.fromarray(frame)
+            if suffix == ".gif" and "icc_profile" in source.profile:
+                image = to_srgb(image, source.profile["icc_profile"])
+            image.save(unfinished, **options)
+
+        yield write
 
 
 def write_image(path, frame, source=None):
-    """Writes uint8 (H, W, 3) as the extension says, with alpha, profile and EXIF of a Media."""
-    path, source = Path(path), source or Media(Path(path), frame[None])
-    suffix = path.suffix.lower()
-    options, _ = image_options(suffix, source)
-    image = Image.fromarray(frame)
-    if source.alpha is not None and suffix in (".png", ".webp"):
-        image = Image.fromarray(without_white(frame, source.alpha[0]))
-    if suffix == ".gif" and "icc_profile" in source.profile:
-        image = to_srgb(image, source.profile["icc_profile"])
-    with whole(path) as unfinished:
-        image.save(unfinished, **options)
+    """Writes uint8 (H, W, 3); arguments and errors as for `clip_writer`."""
+    with image_writer(path, source) as write:
+        write(frame)
 
 
 def write_clip(path, frames, fps, source=None):
@@ -649,8 +589,8 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
     """Gives write(frame) for a clip of `shape` (T, H, W, 3) at `fps`, as the extension says.
 
     What can fail fails before: the encoder is open, and sound and header are written. Sound and
-    subtitles are copied where the format takes them; else sound is coded anew. They are cut where
-    the frames are only the first of the source.
+    subtitles are copied where the format takes them; else sound is coded anew, in stereo. They are
+    cut where the frames are only the first of the source.
 
     Args:
         source: the Media whose times, colors, transparency, tracks and titles go along.
@@ -658,31 +598,32 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
 
     Raises OSError if the file cannot be written.
     """
-    path, source = Path(path), source or Media(Path(path), None)
-    suffix, length = path.suffix.lower(), shape[0]
+    suffix, source, length = Path(path).suffix.lower(), source or Media(path, None), shape[0]
     transparent = source.alpha is not None and suffix in TRANSPARENT_CLIP_OPTIONS
     if source.alpha is not None and not transparent:
         note(f"{suffix} cannot be transparent here; the result lies on white")
     options = (TRANSPARENT_CLIP_OPTIONS if transparent else CLIP_OPTIONS)[suffix]
-    tick, stamps = schedule(suffix, length, Fraction(fps), source.times)
-    durations = dict(zip(stamps, np.diff(stamps).tolist()))
+    fps = Fraction(fps).limit_denominator(100_000)
+    tick, stamps = schedule(suffix, length, fps, source.times)
     if len(set(stamps)) <= length:
         note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
-    if source.aspect and suffix == ".webm":  # PyAV has no way to say it
-        note(f"{suffix} is written with square pixels; those of {source.path} are not")
-    layout = "rgba" if transparent else "rgb24"
+    durations = dict(zip(stamps, np.diff(stamps).tolist()))
+    muxing = muxer_options(suffix, source.loop, durations[stamps[-2]] * tick)
     try:
-        lasts = (stamps[-1] - stamps[-2]) * tick
         with (
             whole(path) as unfinished,
-            open_output(unfinished, suffix, options[0], source.loop, lasts) as container,
+            av.open(str(unfinished), "w", options[0], container_options=muxing) as container,
         ):
-            track = add_pictures(container, options, shape, Fraction(fps), tick, source)
-            if source.start is not None and suffix not in ANIMATIONS:
+            container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
+            track = add_pictures(container, options, shape, fps, tick, source)
+            if suffix not in ANIMATIONS and source.start is not None:
                 end = float(stamps[-1] * tick) if source.total > length else math.inf
                 add_other_tracks(container, source, end, note)
+            elif source.sound:
+                note(f"{suffix} holds no sound; that of {source.path} is left out")
             container.start_encoding()
-            graph = to_encoder(track, shape, layout, tick)
+            layout = "rgba" if transparent else "rgb24"
+            graph = encoder_graph(track.codec_context, layout, tick)
             numbers = itertools.count()
 
             def mux(pictures):
@@ -693,18 +634,13 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
 
             def write(frame):
                 i = next(numbers)
+                if stamps[i] in stamps[:i]:
+                    return
                 if transparent:
                     frame = without_white(frame, source.alpha[i])
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
                 picture.pts, picture.time_base = stamps[i], tick
-                if stamps[i] not in stamps[:i]:
-                    mux(pulled(graph, picture))
-                # WebP shows the last frame as long as the average of all others. If it should be
-                # longer, it is sent again, at the time from which the average reaches the end.
-                again = round(stamps[-1] * length / (length + 1))
-                if suffix == ".webp" and i + 1 == length and again > stamps[i] + 1:
-                    picture.pts = again
-                    mux(pulled(graph, picture))
+                mux(pulled(graph, picture))
 
             yield write
             mux([*pulled(graph, None), None])
@@ -722,40 +658,31 @@ def schedule(suffix, length, fps, times):
     gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
     if suffix == ".gif":
         tick = Fraction(1, 50 if min(gaps) < Fraction(1, 50) else 100)
-        stamps = [round(time / tick) for time in times]
-        return tick, [*stamps[:-1], max(stamps[-1], stamps[-2] + 1)]
-    if len(gaps) == 1:
-        return 1 / fps.limit_denominator(100_000), list(range(length + 1))
-    tick, stamps = Fraction(1, 90_000), [0]
-    for later in times[1:]:
-        stamps.append(max(stamps[-1] + 1, round(later / tick)))
-    return tick, stamps
+    else:
+        tick = min(gaps) if len(gaps) == 1 else Fraction(1, 90_000)
+    stamps = [round(time / tick) for time in times]
+    return tick, [*stamps[:-1], max(stamps[-1], stamps[-2] + 1)]
 
 
-def open_output(path, suffix, container, loop, lasts):
-    """The container of a clip, without version numbers and random ids.
+def muxer_options(suffix, loop, lasts):
+    """FFmpeg's options for a container; an animation plays `loop` times, its end `lasts` seconds.
 
-    Args:
-        loop: how often an animation plays; 0: for ever.
-        lasts: seconds that the last frame is shown.
+    WebP cannot say how long its last frame lasts: it is the average of the others.
     """
-    settings = {"max_interleave_delta": "0"}  # sound waits for pictures, which come much later
-    if suffix in (".mp4", ".mov"):
-        settings["movflags"] = "faststart"
-    elif suffix == ".png":
-        settings = {"plays": str(loop), "final_delay": str(lasts.limit_denominator(1000))}
-    elif suffix in ANIMATIONS:
+    if suffix == ".png":
+        return {"plays": str(loop), "final_delay": str(lasts.limit_denominator(1000))}
+    if suffix in ANIMATIONS:
         once = -1 if suffix == ".gif" else 1
-        settings = {"loop": str(once if loop == 1 else loop)}
-    container = av.open(str(path), "w", container, container_options=settings)
-    container.flags |= av.container.Flags.bitexact.value
-    return container
+        return {"loop": str(once if loop == 1 else loop)}
+    settings = {"max_interleave_delta": "0"}  # sound waits for pictures, which come much later
+    return settings | ({"movflags": "faststart"} if suffix in (".mp4", ".mov") else {})
 
 
 def add_pictures(container, options, shape, fps, tick, source):
     """Adds the picture track of a clip and opens its encoder -> the track."""
-    (_, codec, layout, settings), (height, width) = options, shape[1:3]
-    track = container.add_stream(codec, fps.limit_denominator(100_000), options=dict(settings))
+    _, codec, layout, settings = options
+    height, width = shape[1:3]
+    track = container.add_stream(codec, fps, options=dict(settings))
     context = track.codec_context
     context.width, context.height, context.pix_fmt = width, height, layout
     if codec == "libx264" and (width % 2 or height % 2):
@@ -772,19 +699,18 @@ def add_pictures(container, options, shape, fps, tick, source):
     return track
 
 
-def to_encoder(track, shape, layout, tick):
-    """The filters that make frames what the encoder takes. A GIF gets one palette for all."""
-    context, size = track.codec_context, shape[2:0:-1]
-    if context.pix_fmt != "pal8":
+def encoder_graph(encoder, layout, tick):
+    """The filters that make frames what an encoder takes. A GIF gets one palette for all."""
+    size = encoder.width, encoder.height
+    if encoder.pix_fmt != "pal8":
         scale = EXACT
-        if context.colorspace in MATRICES:
-            scale += f":out_color_matrix={MATRICES[context.colorspace]}:out_range=limited"
-        filters = [("scale", scale), ("format", f"pix_fmts={context.pix_fmt}")]
-        return filter_graph(size, layout, tick, filters)
+        if encoder.colorspace in MATRICES:
+            scale += f":out_color_matrix={MATRICES[encoder.colorspace]}:out_range=limited"
+        return filter_graph(*size, layout, False, tick, scale, encoder.pix_fmt)
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=size[0], height=size[1], format=layout, time_base=tick)
+    buffer = graph.add_buffer(width=size[0], height=size[1], format=layout, time_base=tick)
     split, palette, paint = map(graph.add, ("split", "palettegen", "paletteuse"))
-    graph.link_nodes(source, split, paint, graph.add("buffersink"))
+    graph.link_nodes(buffer, split, paint, graph.add("buffersink"))
     split.link_to(palette, 1, 0)
     palette.link_to(paint, 0, 1)
     graph.configure()
@@ -792,110 +718,83 @@ def to_encoder(track, shape, layout, tick):
 
 
 def add_other_tracks(container, source, end, note):
-    """Adds sound, subtitles, titles and chapters of a clip, up to `end` seconds."""
-    name, ways, left_out = container.format.name, {}, []
+    """Adds sound, subtitles and titles of a clip, up to `end` seconds, but no chapters."""
+    sound_codec = "libopus" if container.format.name == "webm" else "aac"
+    ways = {"audio": (None, sound_codec), "subtitle": (None,)}  # None copies
+    codecs, left_out = {}, []
     with open_clip(source.path) as (original, pictures):
         for title, text in original.metadata.items():
             if title.lower() not in TECHNICAL_TITLES:
                 container.metadata[title] = text
-        label(container.streams.video[0], pictures)
-        if end == math.inf:
-            container.set_chapters(original.chapters())
-        elif original.chapters():
+        if original.chapters():
             left_out.append("chapters")
         for track in original.streams:
             if track.index == pictures.index or track.type == "data":
                 continue
-            for way in ways_to_carry(track, "libopus" if name == "webm" else "aac"):
-                if fits(name, source, {track.index: way}, end):
-                    ways[track.index] = way
+            for codec in ways.get(track.type, ()):
+                readable = codec is None or track.codec_context
+                if readable and fits(container.format.name, source, {track.index: codec}, end):
+                    codecs[track.index] = codec
                     break
             else:
-                codec = track.codec_context.name if track.codec_context else "unknown codec"
-                left_out.append(f"{track.type} track {track.index} ({codec})")
-    carry(container, source, ways, end)
+                name = track.codec_context.name if track.codec_context else "unknown codec"
+                left_out.append(f"{track.type} track {track.index} ({name})")
+    if codecs:
+        carry(container, source, codecs, end)
     if left_out:
         note(f"{source.path}: left out of the result: {', '.join(left_out)}")
 
 
-def ways_to_carry(track, codec):
-    """How to bring a track into another file: None copies, (codec, layout) codes sound anew."""
-    if track.type in ("audio", "subtitle"):
-        yield None
-    if track.type == "audio" and track.codec_context:
-        layout = track.codec_context.layout
-        yield codec, layout.name
-        if layout.nb_channels > 2:  # encoders know few layouts; these hold nearly all others
-            yield codec, "5.1" if layout.nb_channels <= 6 else "7.1"
-        yield codec, "stereo"
-
-
-def fits(format_name, source, ways, end):
+def fits(format_name, source, codecs, end):
     """Whether a format takes tracks: they are written to memory."""
     try:
         with av.open(io.BytesIO(), "w", format_name) as trial:
-            carry(trial, source, ways, end)
+            carry(trial, source, codecs, end)
             trial.start_encoding()
         return True
     except Exception:  # muxers, decoders and encoders refuse in their own ways
         return False
 
 
-def carry(container, source, ways, end):
-    """Adds tracks of a clip, {index: way}, with what they hold until `end` s after frame 0."""
-    if not ways:
-        return
+def carry(container, source, codecs, end):
+    """Adds tracks of a clip, with what they hold until `end` seconds after frame 0.
+
+    codecs: {index of a track: None to copy it, or the codec by which its sound is coded anew}
+    """
     with open_clip(source.path) as (original, _):
-        tracks, added, heard = [original.streams[index] for index in ways], {}, set()
+        tracks, added = [original.streams[index] for index in codecs], {}
         for track in tracks:
-            if ways[track.index] is None:
-                added[track.index] = container.add_stream_from_template(track)
+            if codecs[track.index]:
+                sound = {"layout": "stereo", "bit_rate": 192_000}
+                new = container.add_stream(codecs[track.index], 48_000, **sound)
+                new.codec_context.flags |= av.codec.context.Flags.bitexact
             else:
-                added[track.index] = add_sound(container, track, *ways[track.index])
-            label(added[track.index], track)
+                new = container.add_stream_from_template(track)
+            new.disposition = track.disposition.value  # default, forced, commentary ...
+            for name in {"language", "title"} & set(track.metadata):
+                new.metadata[name] = track.metadata[name]
+            added[track.index] = new
         for packet in original.demux(tracks):
-            index = packet.stream.index
+            new = added[packet.stream.index]
             if packet.size:
                 packet.pts = packet.dts if packet.pts is None else packet.pts
                 seconds = float(packet.pts * packet.time_base - source.start)
                 lasts = float((packet.duration or 0) * packet.time_base)
                 if seconds >= end or seconds + lasts < -LEAD_IN:
                     continue
-            if ways[index] is not None:
+            if codecs[packet.stream.index]:
                 with contextlib.suppress(av.InvalidDataError):  # a damaged packet is passed over
                     for frame in packet.decode():
                         frame.pts -= round(source.start / frame.time_base)
-                        container.mux(added[index].encode(frame))
-                        heard.add(index)
+                        container.mux(new.encode(frame))
             elif packet.size:
                 shift = round(source.start / packet.time_base)
                 packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                packet.stream = added[index]
+                packet.stream = new
                 container.mux(packet)
-        for index in ways:
-            if ways[index] is not None:
-                container.mux(added[index].encode(None))
-                if index not in heard:
-                    raise ValueError("no sound can be decoded")
-
-
-def add_sound(container, track, codec, layout):
-    """Adds a sound track that is coded anew."""
-    rates, rate = av.Codec(codec, "w").audio_rates, track.codec_context.rate
-    added = container.add_stream(codec, rate if rate in rates else 48_000)
-    context = added.codec_context
-    context.layout = layout
-    context.bit_rate = 96_000 * context.layout.nb_channels
-    context.flags |= av.codec.context.Flags.bitexact
-    return added
-
-
-def label(added, track):
-    """Copies language, title and purpose (default, forced, commentary ...) of a track."""
-    for name in ("language", "title"):
-        if name in track.metadata:
-            added.metadata[name] = track.metadata[name]
-    added.disposition = track.disposition
+        for index, new in added.items():
+            if codecs[index]:
+                container.mux(new.encode(None))
 
 
 # The terminal
@@ -910,8 +809,8 @@ class Phases:
     """Shows progress; measures seconds and peak memory of phases. InstructX.edit calls it."""
 
     def __init__(self):
-        self.rows, self.phase, self.device = [], None, "cpu"
-        self.steps = []  # seconds of each step of "denoise"; the first has the compilation, if any
+        self.phase, self.device = None, "cpu"
+        self.rows = []  # (phase, seconds, peak in bytes, remark)
 
     def __call__(self, phase, done, total):
         now = time.perf_counter()
@@ -920,46 +819,49 @@ class Phases:
             self.phase, self.start, self.reported = phase, now, now
             # disable=None: shown on a terminal only
             self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=None)
+        if done == 1:
+            self.first = now - self.start  # seconds of the first step, with the compilation if any
+        self.done = done
         self.bar.update(done - self.bar.n)
         if self.bar.disable and now - self.reported > REPORT_EVERY:
             self.reported = now
             note(f"{phase} {done} of {total} after {now - self.start:.0f} s")
-        if phase == "denoise" and done:
-            self.steps.append(now - self.start - sum(self.steps))
 
     def end(self):
         """Closes the current phase, if there is one."""
         if self.phase:
-            peak = self.peak_memory()  # first, since on a GPU it waits for pending work
+            peak = peak_memory(self.device)  # first, since on a GPU it waits for pending work
             self.bar.close()
-            self.rows.append((self.phase, time.perf_counter() - self.start, peak))
+            seconds, remark = time.perf_counter() - self.start, ""
+            if self.phase == "denoise" and self.done > 1:
+                each = (seconds - self.first) / (self.done - 1)
+                remark = f"   first step {self.first:.2f} s, then {each:.2f} s each"
+            self.rows.append((self.phase, seconds, peak, remark))
         self.phase = None
 
-    def peak_memory(self):
-        """Bytes: the peak on a CUDA device since the last call, else of the process so far."""
-        if self.device.startswith("cuda"):
-            import torch
-
-            torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return peak
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
     def table(self):
-        _, seconds, peaks = zip(*self.rows)
+        _, seconds, peaks, _ = zip(*self.rows)
         lines = [f"{'phase':10} {'seconds':>9} {'peak GB':>9}"]
-        for phase, duration, peak in [*self.rows, ("total", sum(seconds), max(peaks))]:
-            lines.append(f"{phase:10} {duration:9.1f} {peak / 1e9:9.2f}")
-            if phase == "denoise" and len(self.steps) > 1:
-                later = statistics.median(self.steps[1:])
-                lines[-1] += f"   first step {self.steps[0]:.2f} s, then {later:.2f} s each"
+        for phase, duration, peak, remark in [*self.rows, ("total", sum(seconds), max(peaks), "")]:
+            lines.append(f"{phase:10} {duration:9.1f} {peak / 1e9:9.2f}{remark}")
         return "\n".join(lines)
+
+
+def peak_memory(device):
+    """Bytes: the peak on a CUDA device since the last call, else of the process so far."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Parser(argparse.ArgumentParser):
@@ -1002,9 +904,9 @@ The model sees transparent pictures on white;
 it, in .mp4, .mov and .mkv as H.264 4:4:4, which not every player shows."""
 
 
-def parser():
-    """The command line. --help shows every default."""
-    made = Parser(
+def parse(argv):
+    """The arguments. --help shows every default; ends the program with one line on a mistake."""
+    parser = Parser(
         prog="edit.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.split("\n\nPIL reads")[0],
@@ -1012,144 +914,85 @@ def parser():
     )
 
     def add(names, metavar, convert, help, **settings):
-        made.add_argument(*names.split(), metavar=metavar, type=convert, help=help, **settings)
+        parser.add_argument(*names.split(), metavar=metavar, type=convert, help=help, **settings)
 
     def switch(name, help):
-        made.add_argument(name, action="store_true", help=help)
+        parser.add_argument(name, action="store_true", help=help)
 
     configured = "(default: as the weights' config.json says; {} as released)".format
     add("input", "INPUT", Path, "an image or a video")
     add("instruction", "INSTRUCTION", str, 'what to do, such as "make it night"')
     add("-o --output", "FILE", Path, "the file to write (default: INPUT's name and -edited)")
     add("--ref", "IMAGE", Path, "reference image; may be repeated", action="append", default=[])
-    add(
-        "--weights",
-        "DIR",
-        Path,
-        "weights folder (default: weights/shapes)",
-        default=DEFAULT_WEIGHTS,
-    )
+    add("--weights", "DIR", Path, "folder (default: weights/shapes)", default=DEFAULT_WEIGHTS)
     add("--instructx", "DIR", Path, "what train.py wrote, for the instructx/ in the weights folder")
     add("--steps", "N", number(int, 1, 1000), f"of the sampler {configured(50)}")
-    follow = "how strongly the instruction is followed; 1 takes half the time"
-    add("--guidance", "G", number(float, 1, 100), f"{follow} {configured(5)}")
+    scale = number(float, 1, 100)
+    add("--guidance", "G", scale, f"weight of the instruction; 1 is fastest {configured(5)}")
     add("--seed", "N", number(int, 0, 2**63 - 1), "of the noise (default: 0)", default=0)
     add("--size", "WxH", width_by_height, "scale the input to this size first (default: its own)")
-    smaller = "edit larger inputs at this area, and scale the result back"
     area = number(int, SMALLEST**2, LARGEST_AREA)
-    add("--area", "PIXELS", area, f"{smaller} {configured('none')}")
-    first = "of a longer clip edit the first N frames (default: 81)"
-    add("--frames", "N", number(int, 1, 10**6), first, default=81)
+    add(
+        "--area", "PIXELS", area, f"edit larger inputs at this, and scale back {configured('none')}"
+    )
+    add("--frames", "N", number(int, 1, 10**6), "edit the first N frames (default: 81)", default=81)
     switch("--compare", "also write source and result side by side, to FILE's name and _compare")
     add("--device", "NAME", str, "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
-    precision = "float32 or bfloat16, for all but the VAE (default: bfloat16 on CUDA, else float32)"
-    add("--dtype", "TYPE", str, precision, choices=("float32", "bfloat16"))
+    help = "float32 or bfloat16, for all but the VAE (default: bfloat16 on CUDA, else float32)"
+    add("--dtype", "TYPE", str, help, choices=("float32", "bfloat16"))
     switch("--compile", "compile the DiT's blocks: a slower first step, faster others")
     switch("--offload", "read each block when it is needed: the same result in far less memory")
-    less = "round the DiT's large matrices: half the memory, and a result that differs a little"
-    add("--quantize", "TYPE", str, f"int8: {less}", choices=("int8",))
-    squares = (
-        "let the VAE work on squares of this side: less memory, a result that differs a little"
-    )
-    add("--tile", "PIXELS", number(int, 64, LARGEST), squares)
-    return made
-
-
-def parse(argv):
-    """The arguments. Ends the program with one line on what is wrong with them."""
-    made = parser()
-    args, words = made.parse_known_args(argv)
-    options = [word for word in words if word.startswith("-")]
-    if options:
-        made.error(f"there is no option {options[0]}; --help lists all")
-    if words and is_file(args.instruction):
-        made.error("one input at a time: INPUT, then INSTRUCTION; --ref IMAGE for references")
-    if words:
-        made.error(f'put the instruction in quotes: "{" ".join([args.instruction, *words])}"')
+    help = "int8: half the memory for the DiT, and a slightly different result"
+    add("--quantize", "TYPE", str, help, choices=("int8",))
+    help = "let the VAE work on squares of this side: less memory, and a slightly different result"
+    add("--tile", "PIXELS", number(int, 64, LARGEST), help)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        usage = 'expected INPUT "INSTRUCTION IN QUOTES" and the options that --help lists'
+        parser.error(f"there is no use for: {' '.join(unknown)}; {usage}")
     return args
 
 
 def check_arguments(args):
-    """Checks all that can be checked before a file is read. Raises ValueError."""
+    """Checks what can be checked before a file is read. Raises ValueError."""
+    if not args.input.is_file():
+        expected = "name an image or a video first, and then the instruction"
+        raise ValueError(f"there is no file {args.input}; {expected}")
     if not args.instruction.strip():
         raise ValueError("the instruction is empty; say what to do")
-    if re.match(r"\w{2,}:/", str(args.input)):
-        raise ValueError(f"{args.input} is a URL; download the file first")
-    if args.input.is_dir():
-        raise ValueError(f"{args.input} is a folder; name an image or a video")
-    if is_file(args.instruction):
-        swapped = "" if args.input.exists() else ": it comes after the INPUT"
-        raise ValueError(f"the instruction {args.instruction} is the name of a file{swapped}")
     if not args.weights.is_dir():
         raise ValueError(f"--weights {args.weights}: there is no such folder")
-    for folder in (args.weights, args.weights / "instructx"):
-        alone = folder == args.weights or len(list(args.weights.glob("*/config.json"))) == 1
-        if alone and settings_of(folder).get("_class_name") == "InstructX":
-            use = f"--instructx {folder}, and --weights for the folder of the MLLM and the VAE"
-            raise ValueError(f"{folder} is what train.py wrote: use {use}")
-    if args.output:
-        check_outputs(args, output_paths(args, args.output))
+    if read_config(args.weights).get("_class_name") == "InstructX":
+        raise ValueError(f"{args.weights} is what train.py wrote: use --instructx {args.weights}")
 
 
-def is_file(text):
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name
-        return False
-
-
-def settings_of(folder):
+def read_config(folder):
     """The config.json of a folder; {} if it is missing or damaged, as loading will report."""
     try:
-        settings = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError):
-        settings = None
-    return settings if isinstance(settings, dict) else {}
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
-def output_paths(args, output):
-    return [output, output.with_stem(f"{output.stem}_compare")] if args.compare else [output]
-
-
-def check_outputs(args, outputs):
-    """Raises ValueError if a file could not be written, or another would be lost."""
-    inputs = [path for path in (args.input, *args.ref) if path.exists()]
-    known = IMAGE_OPTIONS | CLIP_OPTIONS
-    for path in outputs:
-        if path.suffix.lower() not in known:
-            raise ValueError(f"{path} has no known extension; known are {' '.join(known)}")
-        if not path.parent.is_dir():
-            raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
-        try:
-            exists = path.exists()
-            unfinished_path(path).touch()
-            unfinished_path(path).unlink()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror})") from None
-        if exists and not path.is_file():
-            raise ValueError(f"{path} is a folder or a device; name a file")
-        if exists and not args.output:
-            raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
-        if exists and any(path.samefile(other) for other in inputs):
-            raise ValueError(f"{path} is an input, which would be lost; name another file")
-        sweep(path.parent)
+def trained_area(args):
+    """Pixels of the pictures that the weights were trained on; 0 if they do not say."""
+    if not args.instructx and read_config(args.weights / "mllm_encoder"):
+        return 1280 * 720  # Kiwi-Edit
+    area = read_config(args.instructx or args.weights / "instructx").get("area")
+    return area if isinstance(area, int) else 0
 
 
 def read_inputs(args):
     """Media of the source, [uint8 (H, W, 3)] of the references. Notes what is unusual."""
-
-    def check_source(path, width, height):
-        remedy = "--size WxH or --area PIXELS scales it"
-        check_size(path, *working_size(width, height, args.area), remedy)
-
-    def check_reference(path, width, height):
-        check_size(path, width, height, "scale it first")
-
-    source = read_frames(args.input, args.frames, args.size, check_source)
-    references = [read_frames(path, 1, None, check_reference) for path in args.ref]
-    for path, reference in zip(args.ref, references):
-        if reference.is_video:
+    _, height, width = media_shape(args.input)
+    check_size(args.input, *working_size(*(args.size or (width, height)), args.area))
+    for path in args.ref:
+        length, height, width = media_shape(path)
+        if length > 1 or path.is_dir():
             raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
+        check_size(path, width, height)
+    source = read_frames(args.input, args.frames, args.size)
     for remark in source.remarks:
         note(f"{args.input} {remark}")
     count, total = len(source.frames), source.total
@@ -1157,23 +1000,7 @@ def read_inputs(args):
         note(f"{args.input} has {total} frames, of which {count} can be decoded")
     elif count < total:
         note(f"{args.input} has {total} frames; the first {count} are edited (see --frames)")
-    return source, [reference.frames[0] for reference in references]
-
-
-def check_size(path, width, height, remedy):
-    """Raises MediaError for a size that cannot be edited."""
-    short, long = sorted((width, height))
-    if short < SMALLEST or long >= MOST_NARROW * short:
-        least = f"sides must have {SMALLEST} pixels or more"
-        ratio = f"the longer less than {MOST_NARROW} times the shorter"
-        problem = f"is too small or too narrow: {least}, {ratio}"
-        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
-    if long > LARGEST or width * height > LARGEST_AREA:
-        scale = min(LARGEST / long, (LARGEST_AREA / (width * height)) ** 0.5)
-        most = f"at most {LARGEST} pixels a side and {LARGEST_AREA} in all"
-        example = f"{int(width * scale)}x{int(height * scale)}"
-        problem = f"is too large: {most}, for example {example}"
-        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
+    return source, [read_frames(path).frames[0] for path in args.ref]
 
 
 def working_size(width, height, area):
@@ -1189,12 +1016,42 @@ def working_size(width, height, area):
     return max(SMALLEST, width), max(SMALLEST, height)
 
 
-def trained_area(args):
-    """Pixels of the pictures that the weights were trained on; 0 if they do not say."""
-    if not args.instructx and settings_of(args.weights / "mllm_encoder"):
-        return 1280 * 720  # Kiwi-Edit
-    area = settings_of(args.instructx or args.weights / "instructx").get("area")
-    return area if isinstance(area, int) else 0
+def check_size(path, width, height):
+    """Raises MediaError for a size that cannot be edited."""
+    short, long = sorted((width, height))
+    narrow = long >= MOST_NARROW * short
+    if narrow or not SMALLEST <= short <= long <= LARGEST or short * long > LARGEST_AREA:
+        sides = f"sides must have {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all"
+        ratio = f"the longer less than {MOST_NARROW} times the shorter"
+        problem = f"is too small, large or narrow: {sides}, {ratio}"
+        remedy = "scale it first (--size WxH or --area PIXELS scale the INPUT)"
+        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
+
+
+def name_outputs(args, source):
+    """The files to write. Raises ValueError for one that cannot be, or that would be lost."""
+    options = CLIP_OPTIONS if source.is_video else IMAGE_OPTIONS
+    output = args.output
+    if not output:
+        usual = ".mp4" if source.is_video else ".png"
+        suffix = args.input.suffix if args.input.suffix.lower() in options else usual
+        output = args.input.with_name(f"{args.input.stem}-edited{suffix}")
+    outputs = [output]
+    if args.compare:
+        outputs.append(output.with_stem(f"{output.stem}_compare"))
+    for path in outputs:
+        if path.suffix.lower() not in options:
+            content = "a clip" if source.is_video else "an image"
+            known = f"known are {' '.join(options)}"
+            raise ValueError(f"{path} has no known extension of {content}; {known}")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is a folder or a device; name a file")
+        if path.exists() and not args.output:
+            raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
+        if path.exists() and any(path.samefile(other) for other in (args.input, *args.ref)):
+            raise ValueError(f"{path} is an input, which would be lost; name another file")
+        sweep(path.parent)
+    return outputs
 
 
 def load(args):
@@ -1209,15 +1066,12 @@ def load(args):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one error
         reason = str(error).partition("\n")[0]
-        problem = f"is not available ({reason}); cpu always is"
-        raise ValueError(f"--device {device} {problem}") from None
+        raise ValueError(f"--device {device} is not available ({reason})") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     quantize = torch.int8 if args.quantize else None
-    dtype = getattr(torch, dtype)
-    model = InstructX.from_pretrained(
-        args.weights, device, dtype, args.instructx, args.offload, quantize
-    )
+    settings = getattr(torch, dtype), args.instructx, args.offload, quantize
+    model = InstructX.from_pretrained(args.weights, device, *settings)
     if args.tile:
         tile(model.vae, args.tile)
     if args.compile:
@@ -1229,32 +1083,8 @@ def load(args):
     return model, device
 
 
-def open_writers(args, source, outputs, opened):
-    """Opens every output -> [write(frame)]. What a format cannot hold is said now."""
-    suffix, width = outputs[0].suffix.lower(), source.frames.shape[2]
-    options, content = (CLIP_OPTIONS, "a clip") if source.is_video else (IMAGE_OPTIONS, "an image")
-    if suffix not in options:
-        can = f"{' '.join(options)} can"
-        raise ValueError(f"{args.input} is {content}, which {suffix} cannot hold; {can}")
-    if args.compare and suffix == ".webp" and 2 * width > WEBP_SIDE:
-        most = f".webp holds {WEBP_SIDE}; .png holds more"
-        raise ValueError(f"--compare would be {2 * width} pixels wide, and {most}")
-    beside = replace(source, alpha=None, profile={})  # of two pictures side by side
-    if not source.is_video:
-        _, exif_fits = image_options(suffix, source)
-        if not exif_fits:
-            note(f"{suffix} has no room for the EXIF of {args.input}, which is left out")
-        writers = [partial(write_image, outputs[0], source=source)]
-        return writers + [partial(write_image, path, source=beside) for path in outputs[1:]]
-    if source.sound and suffix in ANIMATIONS:
-        note(f"{suffix} holds no sound; that of {args.input} is left out")
-    length, height = source.frames.shape[:2]
-    shape = source.frames.shape
-    writers = [opened.enter_context(clip_writer(outputs[0], shape, source.fps, source, note))]
-    for path in outputs[1:]:
-        shape = length, height, 2 * width, 3
-        writers.append(opened.enter_context(clip_writer(path, shape, source.fps, beside)))
-    return writers
+def scaled(frame, size):
+    return pixels(Image.fromarray(frame), size)[0]
 
 
 def edit(args):
@@ -1263,21 +1093,26 @@ def edit(args):
     if args.area is None:
         args.area = trained_area(args)
     source, references = read_inputs(args)
-    outputs = output_paths(args, args.output or default_output(args.input, source))
-    if not args.output:
-        check_outputs(args, outputs)
-    height, width = source.frames.shape[1:3]
-    size, frames = working_size(width, height, args.area), source.frames
+    outputs = name_outputs(args, source)
+    frames = source.frames
+    height, width = frames.shape[1:3]
+    size = working_size(width, height, args.area)
     if size != (width, height):
-        frames = np.stack([fit(frame, size) for frame in frames])
-        scaled = (
-            f"is edited at {size[0]}x{size[1]} and scaled back to {width}x{height} (see --area)"
-        )
-        note(f"{args.input} {scaled}")
+        frames = np.stack([scaled(frame, size) for frame in frames])
+        sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
+        note(f"{args.input} is edited at {sizes} (see --area)")
         if args.weights == DEFAULT_WEIGHTS:
             note("weights/shapes knows drawings of simple shapes only; --weights names others")
-    with contextlib.ExitStack() as opened:
-        writers = open_writers(args, source, outputs, opened)
+    with contextlib.ExitStack() as stack:
+        beside = replace(source, alpha=None, profile={})  # of source and result side by side
+        wide = len(frames), height, 2 * width, 3
+        if source.is_video:
+            writers = [clip_writer(outputs[0], source.frames.shape, source.fps, source, note)]
+            writers += [clip_writer(path, wide, source.fps, beside) for path in outputs[1:]]
+        else:
+            writers = [image_writer(outputs[0], source, note)]
+            writers += [image_writer(path, beside) for path in outputs[1:]]
+        writers = [stack.enter_context(writer) for writer in writers]
         phases = Phases()
         phases("load", 0, 1)
         model, phases.device = load(args)
@@ -1285,7 +1120,7 @@ def edit(args):
 
         def write(piece):
             for frame in piece:
-                frame = fit(frame, (width, height))
+                frame = scaled(frame, (width, height))
                 pictures = [frame, np.concatenate([next(originals), frame], axis=1)]
                 for writer, picture in zip(writers, pictures):
                     writer(picture)
@@ -1295,13 +1130,6 @@ def edit(args):
     phases.end()
     print(phases.table(), file=sys.stderr)
     return outputs
-
-
-def default_output(path, source):
-    """photo.jpg -> photo-edited.jpg, in the same format where it can be written."""
-    options, usual = (CLIP_OPTIONS, ".mp4") if source.is_video else (IMAGE_OPTIONS, ".png")
-    suffix = path.suffix if path.suffix.lower() in options else usual
-    return path.with_name(f"{path.stem}-edited{suffix}")
 
 
 def stop(number, _):
@@ -1315,24 +1143,22 @@ def main(argv=None):
 
     Exit code 2 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):  # names come out as they are, in any locale
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     signal.signal(signal.SIGTERM, stop)
-    args, made = parse(argv), parser()
+    args = parse(argv)
     try:
         for path in edit(args):
             print(path)
     except (ValueError, OSError, FloatingPointError) as error:
-        made.error(str(error))
+        Parser(prog="edit.py").error(str(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no one error
             raise
-        made.error("out of memory; a smaller --area or fewer --frames need less")
+        Parser(prog="edit.py").error("out of memory; a smaller --area or fewer --frames need less")
     except KeyboardInterrupt:
-        made.exit(130, "edit.py: interrupted\n")
+        note("interrupted")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

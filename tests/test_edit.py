@@ -311,8 +311,8 @@ def test_large_inputs_are_edited_small(negative, photo, clip, tmp_path, capsys):
     (tmp_path / "vae" / "config.json").write_text("{}")
     output = tmp_path / "out.png"
     code, _, err = run(capsys, photo, "x", "-o", output, "--weights", tmp_path)
-    assert code == 0 and negative.frames.shape == (1, 20, 28, 3)
-    assert Image.open(output).size == (56, 40) and "28x20 and scaled back to 56x40" in err
+    assert code == 0 and negative.frames.shape == (1, 16, 24, 3)
+    assert Image.open(output).size == (56, 40) and "24x16 and scaled back to 56x40" in err
     assert difference(Image.open(output), 255 - smooth(40, 56)) < 2
     run(capsys, photo, "x", "-o", output, "--weights", tmp_path, "--area", 10**6)
     assert negative.frames.shape == (1, 40, 56, 3)
@@ -349,7 +349,9 @@ def test_links_are_followed_and_leftovers_removed(negative, photo, tmp_path, cap
     (tmp_path / "store").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "store" / "real.png")
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
-    name = edit.unfinished_path(tmp_path / "link.png").name
+    with edit.whole(tmp_path / "link.png") as unfinished:
+        unfinished.write_bytes(photo.read_bytes())
+        name = unfinished.name
     stale = name.replace(str(os.getpid()), ended.stdout.decode().strip())
     (tmp_path / stale).touch()
     running = name.replace(str(os.getpid()), "1")
@@ -416,19 +418,23 @@ def trained_folder(path):
 FINE = png(32, 32)
 NEITHER = "neither an image nor a video"
 BAD = {  # name: (input, arguments, what must be said)
-    "missing input": (None, [], "does not exist"),
+    "missing input": (None, [], "there is no file input.png; name an image"),
     "empty file": (lambda path: path.touch(), [], NEITHER),
     "text": (text, [], NEITHER),
     "no frame in it": (lambda path: film(path, *H264, "-t", 0, "-f", "mp4"), [], NEITHER),
-    "900 million pixels": (lambda path: Image.new("1", (30000, 30000)).save(path), [], "179 mill"),
+    "900 million pixels": (
+        lambda path: Image.new("1", (30000, 30000)).save(path),
+        [],
+        "178956970 pixels",
+    ),
     "playlist": (playlist, [], NEITHER),
     "sound": (
         lambda path: ffmpeg("-f", "lavfi", "-i", "sine", "-t", 1, "-f", "mp4", path),
         [],
         NEITHER,
     ),
-    "folder": (lambda path: path.mkdir(), [], "is a folder"),
-    "pipe": (lambda path: os.mkfifo(path), [], "is a pipe"),
+    "folder": (lambda path: path.mkdir(), [], "there is no file"),
+    "pipe": (lambda path: os.mkfifo(path), [], "there is no file"),
     "truncated PNG": (cut_image("PNG"), [], "truncated"),
     "truncated JPEG": (cut_image("JPEG"), [], "truncated"),
     "truncated WebP": (cut_image("WEBP"), [], "truncated|neither"),
@@ -439,11 +445,11 @@ BAD = {  # name: (input, arguments, what must be said)
     "DNG": (raw(t50706=b"\1\4\0\0"), [], "camera raw.* convert"),
     "preview of a NEF": (raw(t254=1), [], "camera raw.* convert"),
     "1x1": (png(1, 1), [], "too small.* 16"),
-    "narrow": (png(16, 3200), [], "too narrow.* 200"),
-    "panorama": (png(500, 20000), [], r"too large.* 8192 .*8192x204.*--size WxH or --area"),
-    "large": (png(4200, 4200), [], r"too large.* 4096x4096"),
+    "narrow": (png(16, 3200), [], "narrow.* 200 times"),
+    "panorama": (png(500, 20000), [], r"20000x500 is .*large.* 8191 .*--size WxH or --area"),
+    "large": (png(4200, 4200), [], r"large.* 16777216 in all"),
     "size too small": (FINE, ["--size", "8x8"], "too small"),
-    "size too large": (FINE, ["--size", "9000x100"], "too large"),
+    "size too large": (FINE, ["--size", "9000x100"], "9000x100 is .*large"),
     "size of another form": (FINE, ["--size", "832"], "'832' is not a size such as 832x480"),
     "no frames": (FINE, ["--frames", "0"], "'0' is not a whole number from 1"),
     "steps 2.5": (FINE, ["--steps", "2.5"], "--steps.*whole number"),
@@ -452,27 +458,46 @@ BAD = {  # name: (input, arguments, what must be said)
     "seed negative": (FINE, ["--seed", "-1"], "--seed"),
     "option unknown": (FINE, ["--negative", "x"], "--negative"),
     "empty instruction": (FINE, ["  "], "instruction is empty"),
-    "no quotes": (FINE, ["make", "it", "night"], 'in quotes: "make it night"'),
-    "several files": (FINE, ["taken.txt", "make it night"], "one input at a time"),
-    "swapped": (None, ["taken.txt"], "taken.txt is the name of a file: it comes after the INPUT"),
+    "no quotes": (FINE, ["make", "it", "night"], "no use for: it night; .*IN QUOTES"),
+    "several files": (
+        FINE,
+        ["taken.txt", "make it night"],
+        "no use for: make it night; expected INPUT",
+    ),
+    "swapped": (
+        None,
+        ["taken.txt"],
+        "there is no file input.png; .* first, and then the instruction",
+    ),
     "reference is a clip": (FINE, ["--ref", animation], "is a clip"),
     "reference is a folder": (FINE, ["--ref", lambda path: path.mkdir()], "folder"),
     "reference is text": (FINE, ["--ref", text], "neither"),
-    "reference is missing": (FINE, ["--ref", "missing.png"], "missing.png does not exist"),
+    "reference is missing": (FINE, ["--ref", "missing.png"], "there is no file missing.png"),
     "reference too small": (FINE, ["--ref", png(2, 2)], "too small"),
     "no weights": (FINE, ["--weights", "nowhere"], "nowhere: there is no such folder"),
     "trained folder as weights": (FINE, ["--weights", trained_folder], "use --instructx"),
-    "extension unknown": (FINE, ["-o", "out.xyz"], r"no known extension.*\.mp4"),
+    "extension unknown": (
+        FINE,
+        ["-o", "out.xyz"],
+        r"no known extension of an image; known are .png .jpg",
+    ),
     "no extension": (FINE, ["-o", "out"], "no known extension"),
-    "image to a clip": (FINE, ["-o", "out.mp4"], r"is an image, which .mp4 cannot hold; .png .jpg"),
-    "clip to an image": (animation, ["-o", "out.jpg"], r"is a clip, which .jpg cannot hold; .mp4"),
-    "comparison too wide": (png(48, 8192), ["-o", "out.webp", "--compare"], r"16384 pixels wide"),
-    "output folder missing": (FINE, ["-o", "no/such/out.png"], "no folder"),
+    "image to a clip": (
+        FINE,
+        ["-o", "out.mp4"],
+        r"out.mp4 has no known extension of an image; known are .png .jpg",
+    ),
+    "clip to an image": (
+        animation,
+        ["-o", "out.jpg"],
+        r"out.jpg has no known extension of a clip; known are .mp4",
+    ),
+    "output folder missing": (FINE, ["-o", "no/such/out.png"], "no/such/out.png cannot be written"),
     "output is a folder": (FINE, ["-o", "taken.png"], "taken.png is a folder"),
     "output folder read-only": (FINE, ["-o", "/proc/out.png"], "/proc/out.png cannot be written"),
-    "output name too long": (FINE, ["-o", "a" * 252 + ".png"], "cannot be written.* too long"),
+    "output name too long": (FINE, ["-o", "a" * 252 + ".png"], "too long"),
     "output is the input": (FINE, ["-o", "input.png"], "input.png is an input"),
-    "URL": (None, [], "is a URL"),
+    "URL": (None, [], "there is no file https:/example.org/a.png"),
 }
 PLACES = ("empty instruction", "no quotes", "several files", "swapped")
 
@@ -730,7 +755,7 @@ def test_exact_frame_rate(tmp_path, suffix, rate):
     """29.97 for 30000/1001 drifts from the sound; Matroska stores rounded milliseconds."""
     write_clip(tmp_path / f"a{suffix}", smooth(32, 48, frames=7), Fraction(rate))
     media = read_frames(tmp_path / f"a{suffix}", limit=5)
-    assert (media.fps, media.steady, media.total) == (Fraction(rate), True, 7)
+    assert (media.fps, media.times, media.total) == (Fraction(rate), (), 7)
     assert len(media.frames) == 5 and media_shape(tmp_path / f"a{suffix}") == (7, 32, 48)
 
 
@@ -755,7 +780,7 @@ def test_varying_frame_rate(tmp_path, suffix):
     source = read_frames(tmp_path / "vfr.mp4")
     write_clip(tmp_path / f"out{suffix}", source.frames, source.fps, source)
     result = read_frames(tmp_path / f"out{suffix}")
-    assert not source.steady and not result.steady and len(source.frames) == 20
+    assert source.times and result.times and len(source.frames) == 20
     assert result.frames.shape == source.frames.shape
     moved = [abs(a - b) for a, b in zip(source.times, result.times)]
     assert max(moved[:-1]) <= Fraction(1, 100 if suffix == ".gif" else 500) and moved[-1] < 0.02
@@ -915,7 +940,7 @@ def test_sound_keeps_its_offset(tmp_path, suffix):
         assert read_frames(tmp_path / "out.mp4").start == 0 and len(after) > 20
 
 
-def test_titles_languages_subtitles_and_chapters(tmp_path):
+def test_titles_languages_and_subtitles(tmp_path):
     """Without its language a track is not chosen; what cannot go along must be said."""
     (tmp_path / "s.srt").write_text("1\n00:00:00,100 --> 00:00:00,900\nHello\n")
     chapter = "[CHAPTER]\nTIMEBASE=1/1000\nSTART={}\nEND={}\ntitle=part\n"
@@ -933,10 +958,11 @@ def test_titles_languages_subtitles_and_chapters(tmp_path):
             for frame in media.frames:
                 write(frame)
         with av.open(str(path)) as container:
-            assert container.metadata["title"] == "Ferien" and len(container.chapters()) == 2
+            assert container.metadata["title"] == "Ferien" and not container.chapters()
             assert container.streams.audio[0].language == "deu"
             assert [track.language for track in container.streams.subtitles] == subtitles
-        assert bool(said) == (not subtitles) and all("subtitle track 2" in line for line in said)
+        assert "left out of the result: chapters" in said[0]
+        assert ("subtitle track 2" in said[0]) == (not subtitles)
 
 
 @pytest.mark.parametrize(
@@ -996,14 +1022,12 @@ def test_clip_turned_by_its_metadata(negative, clip, tmp_path, capsys):
 
 
 def test_pixels_that_are_not_square(clip, tmp_path):
-    """Clips from tape and disc are stored narrower than they are shown; turned, they are lower."""
+    """Clips from tape and disc are stored narrower than they are shown."""
     ffmpeg("-i", clip, "-vf", "setsar=5/4", tmp_path / "wide.mp4")
-    ffmpeg("-display_rotation", 90, "-i", tmp_path / "wide.mp4", "-c", "copy", tmp_path / "t.mp4")
-    for name, aspect in (("wide.mp4", Fraction(5, 4)), ("t.mp4", Fraction(4, 5))):
-        media = read_frames(tmp_path / name)
-        for suffix in (".mp4", ".mkv", ".mov"):
-            write_clip(tmp_path / f"out{suffix}", media.frames, media.fps, media)
-            assert read_frames(tmp_path / f"out{suffix}").aspect == aspect
+    media = read_frames(tmp_path / "wide.mp4")
+    for suffix in (".mp4", ".mkv", ".mov"):
+        write_clip(tmp_path / f"out{suffix}", media.frames, media.fps, media)
+        assert read_frames(tmp_path / f"out{suffix}").aspect == Fraction(5, 4)
     assert read_frames(clip).aspect is None
     assert read_frames(tmp_path / "wide.mp4", size=(32, 24)).aspect is None
 
@@ -1019,7 +1043,6 @@ def test_colors_go_back_as_they_came(tmp_path, colors):
         write_clip(path, frames, 10, Media(tmp_path, frames, colors=colors))
         media = read_frames(path)
         assert media.colors == colors and difference(media.frames, frames) < 4
-        assert any("HDR" in remark for remark in media.remarks) == (colors[2] in (16, 18))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
@@ -1029,6 +1052,15 @@ def test_clips_do_not_get_darker(tmp_path, suffix):
     ramp = np.broadcast_to(column, (2, 48, 64, 3))
     write_clip(tmp_path / f"a{suffix}", ramp, 10)
     assert abs((read_frames(tmp_path / f"a{suffix}").frames.astype(int) - ramp).mean()) < 0.3
+
+
+def test_colors_of_clips_do_not_move(tmp_path):
+    """Read at one place of a pixel pair and written at another, colors creep sideways each time."""
+    blocks = np.kron(noise(2, 6, 8, 3), np.ones((1, 8, 8, 1), np.uint8))
+    write_clip(tmp_path / "a.mp4", blocks, 10)
+    frames = read_frames(tmp_path / "a.mp4").frames
+    left, right = (difference(frames, np.roll(blocks, shift, axis=2)) for shift in (-1, 1))
+    assert left == pytest.approx(right, rel=0.05)
 
 
 def test_large_rgb_is_tagged_bt709(tmp_path):
@@ -1055,7 +1087,7 @@ def test_bits_and_fields_are_said(negative, tmp_path, capsys):
         code, _, err = run(capsys, tmp_path / name, "x", *options)
         assert code == 0 and said in err
     media = read_frames(tmp_path / "int.mp4")
-    assert media.frames.shape == (25, 96, 160, 3) and media.fps == 25 and media.steady
+    assert media.frames.shape == (25, 96, 160, 3) and media.fps == 25 and not media.times
 
 
 def test_alpha_of_clips(tmp_path):
@@ -1109,6 +1141,8 @@ def test_alpha_durations_and_loops_of_animations(negative, tmp_path, suffix, cap
     before, after = (read_frames(tmp_path / f"{name}{suffix}") for name in "ab")
     assert after.loop == before.loop == 3 and np.array_equal(after.alpha, before.alpha)
     assert before.times == tuple(Fraction(n, 100) for n in (0, 10, 15, 35, 125))
-    assert all(abs(a - b) < 0.003 for a, b in zip(before.times, after.times, strict=True))
+    moved = [abs(a - b) for a, b in zip(before.times, after.times, strict=True)]
+    assert max(moved[:-1]) < 0.003
+    assert suffix == ".webp" or moved[-1] < 0.003  # it shows the last frame for the average time
     inside = before.alpha[0] == 255
     assert difference(after.frames[0][inside], 255 - before.frames[0][inside]) < 4
