@@ -336,7 +336,9 @@ def read_clip(path, limit=None, size=None):
         if first is None:
             raise MediaError(f"{path} has no frame that can be decoded")
         components, display = first.format.components, first.side_data.get("DISPLAYMATRIX")
-        aspect = None if size else track.sample_aspect_ratio
+        aspect = (not size and track.sample_aspect_ratio) or Fraction(1)
+        if lies_on_side(display):
+            aspect = 1 / aspect
         colors = clip_colors(first, track)
         transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
         layout = "rgba" if transparent else "rgb24"
@@ -447,13 +449,23 @@ def pulled(graph, picture):
             yield graph.pull()
 
 
+def turn_of(display_matrix):
+    """(a, b, c, d) of a clip's display matrix: pixel (x, y) is shown at (ax + cy, bx + dy)."""
+    if display_matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def lies_on_side(display_matrix):
+    a, b, _, _ = turn_of(display_matrix)
+    return abs(b) > abs(a)
+
+
 def upright(array, display_matrix):
     """Turns an array (H, W, C) by quarters and mirrors it, as a clip's display matrix says."""
-    if display_matrix is None:
-        return array
-    # Up to a shift, the pixel (x, y) is shown at (ax + cy, bx + dy).
-    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5].tolist()
-    if abs(b) > abs(a):
+    a, b, c, d = turn_of(display_matrix)
+    if lies_on_side(display_matrix):
         array = array.swapaxes(0, 1)
         a, d = c, b
     return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
@@ -605,6 +617,8 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
     options = (TRANSPARENT_CLIP_OPTIONS if transparent else CLIP_OPTIONS)[suffix]
     fps = Fraction(fps).limit_denominator(100_000)
     tick, stamps = schedule(suffix, length, fps, source.times)
+    if source.aspect and (suffix in ANIMATIONS or suffix == ".webm"):  # PyAV cannot say it
+        note(f"{suffix} is written with square pixels; those of {source.path} are not")
     if len(set(stamps)) <= length:
         note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
     durations = dict(zip(stamps, np.diff(stamps).tolist()))
@@ -1143,6 +1157,9 @@ def main(argv=None):
 
     Exit code 2 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):  # names come out as they are, in any locale
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     signal.signal(signal.SIGTERM, stop)
