@@ -87,9 +87,19 @@ def released_vae(diffusers, **changes):
     mean = [0.1 * i - 0.2 for i in range(LATENTS)]
     std = [0.8 + 0.1 * i for i in range(LATENTS)]
     settings = dict(
-        base_dim=8, decoder_base_dim=12, z_dim=LATENTS, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
-        temperal_downsample=[False, True, True], latents_mean=mean, latents_std=std,
-        is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16,
+        base_dim=8,
+        decoder_base_dim=12,
+        z_dim=LATENTS,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        temperal_downsample=[False, True, True],
+        latents_mean=mean,
+        latents_std=std,
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_spatial=16,
     )
     return diffusers.AutoencoderKLWan(**settings | changes)
 
@@ -99,12 +109,18 @@ def released_qwen(hf, tokenizer):
     ids = {
         f"{name}_token_id": tokenizer.token_to_id(f"<|{token}|>")
         for name, token in (
-            ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
             ("vision_end", "vision_end"),
         )
     }
     vision = VisionConfig(
-        depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=STATES,
+        depth=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=STATES,
         fullatt_block_indexes=(1,),
     )
     config = dataclasses.replace(PRESETS["tiny"], vision_config=vision, **ids)
@@ -129,9 +145,17 @@ class Libraries:
         self.vae = randomize(released_vae(self.diffusers), random)
         self.dit = randomize(
             self.diffusers.WanTransformer3DModel(
-                num_attention_heads=3, attention_head_dim=16, in_channels=LATENTS,
-                out_channels=LATENTS, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2,
-                cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
+                num_attention_heads=3,
+                attention_head_dim=16,
+                in_channels=LATENTS,
+                out_channels=LATENTS,
+                text_dim=20,
+                freq_dim=32,
+                ffn_dim=80,
+                num_layers=2,
+                cross_attn_norm=True,
+                qk_norm="rms_norm_across_heads",
+                rope_max_seq_len=64,
             ),
             random,
         )
@@ -139,7 +163,9 @@ class Libraries:
         for name in ("connector", "ref_connector"):
             shapes |= {f"{name}.0.weight": (WIDTH, STATES), f"{name}.0.bias": (WIDTH,)}
             shapes |= {f"{name}.2.weight": (WIDTH, WIDTH), f"{name}.2.bias": (WIDTH,)}
-        self.own = {name: noise(*shape, seed=i) / 4 for i, (name, shape) in enumerate(shapes.items())}
+        self.own = {
+            name: noise(*shape, seed=i) / 4 for i, (name, shape) in enumerate(shapes.items())
+        }
         self.embedders = {}
         for i, name in enumerate(("source", "ref")):
             conv = torch.nn.Conv3d(LATENTS, WIDTH, (1, 2, 2), (1, 2, 2))
@@ -158,8 +184,12 @@ class Libraries:
         save_file(own, encoder / KIWI_FILE)
         self.write_qwen(encoder)
         config = {
-            "_class_name": "MLLMEncoder", "mllm_model_path": ".", "dit_dim": WIDTH,
-            "hidden_size": STATES, "max_object_token": 768, "max_frames": 16,
+            "_class_name": "MLLMEncoder",
+            "mllm_model_path": ".",
+            "dit_dim": WIDTH,
+            "hidden_size": STATES,
+            "max_object_token": 768,
+            "max_frames": 16,
             "max_pixels_per_frame": 262144,
         }
         config |= {f"num_{name}_queries": count for name, count in QUERIES.items()}
@@ -183,8 +213,12 @@ class Libraries:
         folder.mkdir(parents=True)
         c = self.vae.config
         config = {
-            "_class_name": "VAE", "dim": c.base_dim, "decoder_base_dim": c.decoder_base_dim,
-            "z_dim": c.z_dim, "latents_mean": c.latents_mean, "latents_std": c.latents_std,
+            "_class_name": "VAE",
+            "dim": c.base_dim,
+            "decoder_base_dim": c.decoder_base_dim,
+            "z_dim": c.z_dim,
+            "latents_mean": c.latents_mean,
+            "latents_std": c.latents_std,
             "vae_pth": KIWI_FILE,
         }
         write_json(folder / "config.json", config)
@@ -359,8 +393,12 @@ class Libraries:
 
 
 PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "temporal_patch_size": 2,
-    "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
@@ -477,8 +515,13 @@ def test_tiles_of_the_vae_are_those_of_diffusers(libraries):
 def vae_settings(model):
     c = model.config
     return dict(
-        dim=c.base_dim, decoder_dim=c.decoder_base_dim, z_dim=c.z_dim, patch=2,
-        stage_shortcuts=True, latents_mean=tuple(c.latents_mean), latents_std=tuple(c.latents_std),
+        dim=c.base_dim,
+        decoder_dim=c.decoder_base_dim,
+        z_dim=c.z_dim,
+        patch=2,
+        stage_shortcuts=True,
+        latents_mean=tuple(c.latents_mean),
+        latents_std=tuple(c.latents_std),
     )
 
 
@@ -486,7 +529,9 @@ def test_a_vae_that_is_saved_is_the_same(vaes, tmp_path):
     """A field that save_pretrained forgets, such as the decoder's width."""
     vaes["kiwi"].save_pretrained(tmp_path)
     again, z = WanVAE.from_pretrained(tmp_path), noise(1, LATENTS, 2, 2, 2)
-    assert again.config == vaes["kiwi"].config and torch.equal(again.decode(z), vaes["kiwi"].decode(z))
+    assert again.config == vaes["kiwi"].config and torch.equal(
+        again.decode(z), vaes["kiwi"].decode(z)
+    )
 
 
 def test_diffusers_reads_the_config_that_we_save(vaes, libraries, tmp_path):
@@ -503,12 +548,22 @@ def test_diffusers_reads_the_config_that_we_save(vaes, libraries, tmp_path):
 
 def our_dit(libraries, first=False):
     flags = dict(
-        source_embedding=True, source_bias=True, source_scaled=True, reference_embedding=True,
-        references_first=first, text_dim=0,
+        source_embedding=True,
+        source_bias=True,
+        source_scaled=True,
+        reference_embedding=True,
+        references_first=first,
+        text_dim=0,
     )
     config = WanDiTConfig(
-        dim=WIDTH, ffn_dim=80, num_heads=3, num_layers=2, in_dim=LATENTS, out_dim=LATENTS,
-        freq_dim=32, **flags,
+        dim=WIDTH,
+        ffn_dim=80,
+        num_heads=3,
+        num_layers=2,
+        in_dim=LATENTS,
+        out_dim=LATENTS,
+        freq_dim=32,
+        **flags,
     )
     dit = WanDiT(config)
     tensors = {dit_module.official_name(n): t for n, t in libraries.dit.state_dict().items()}
@@ -728,7 +783,7 @@ def copy_without(folder, copy, part):
     "part, named",
     [
         ("transformer", "the DiT"),
-        ("vae", "the VAE"),
+        ("vae", "Wan's VAE"),
         ("mllm_encoder", "Qwen2.5-VL"),
         (f"mllm_encoder/{KIWI_FILE}", "queries"),
         ("mllm_encoder/model-00002", "model-00002-of-00002.safetensors"),
@@ -796,7 +851,11 @@ def write_csv(folder, count=3):
             Image.fromarray(pixels(32, 32, 3, seed=10 * i + len(name))).save(
                 folder / f"{name}{i}.png"
             )
-        row = {"src_video": f"source{i}.png", "tgt_video": f"target{i}.png", "prompt": "make it red"}
+        row = {
+            "src_video": f"source{i}.png",
+            "tgt_video": f"target{i}.png",
+            "prompt": "make it red",
+        }
         rows.append({**row, "ref_image": "" if i else "reference0.png"})
     with (folder / "data.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0])
@@ -931,13 +990,77 @@ def test_the_config_of_the_vae_may_say_little(config, libraries, tmp_path):
     assert InstructX.from_pretrained(tmp_path).vae.config == vae_module.PRESETS["wan2.2"]
 
 
+EXPORTS = json.loads((MANIFESTS / "qwen2.5_vl_tiny.json").read_text())
+
+
+def with_unknown(config):
+    """The same with a setting that nobody knows, on every level."""
+    nested = {key: with_unknown(value) for key, value in config.items() if isinstance(value, dict)}
+    return {**config, **nested, "made_up": True}
+
+
+@pytest.mark.parametrize("release", [name for name in EXPORTS if name != "note"])
+@pytest.mark.parametrize("unknown", [False, True])
+def test_configs_of_later_transformers(release, unknown, tmp_path):
+    """5.x moved theta and sections into rope_parameters, and gave the vision tower its own."""
+    config = with_unknown(EXPORTS[release]) if unknown else EXPORTS[release]
+    model = randomize(Qwen2_5_VL(PRESETS["tiny"]), torch.Generator().manual_seed(1))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", config)
+    read = Qwen2_5_VL.from_pretrained(tmp_path)
+    assert read.config == dataclasses.replace(
+        PRESETS["tiny"],
+        vision_start_token_id=config["vision_start_token_id"],
+        vision_end_token_id=config["vision_end_token_id"],
+    )
+    assert all(torch.equal(read.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_folder_that_transformers_saves(libraries, tmp_path):
+    """By the release that is installed: names of tensors and of settings change between them."""
+    libraries.qwen.save_pretrained(tmp_path)
+    read = Qwen2_5_VL.from_pretrained(tmp_path)
+    assert read.config == libraries.qwen_config
+    expected = libraries.qwen.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in read.state_dict().items())
+
+
+def test_whole_numbers_are_saved_as_such():
+    """transformers 5.24 refuses a config.json with 2.0 tokens per second."""
+    raw = Qwen2_5_VLConfig().to_dict()["vision_config"]
+    assert raw["tokens_per_second"] == 2 and isinstance(raw["tokens_per_second"], int)
+    half = VisionConfig(tokens_per_second=2.5)
+    config = Qwen2_5_VLConfig(vision_config=half).to_dict()
+    assert config["vision_config"]["tokens_per_second"] == 2.5
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "mllm_encoder", "source_embedder"])
+def test_settings_that_nobody_knows(part, weights, tmp_path):
+    """A later export writes one more key, and an edit that needs none of it ends."""
+    folder = copy_without(weights["instruct-only"], tmp_path / "kiwi", f"{part}/config.json")
+    config = json.loads((weights["instruct-only"] / part / "config.json").read_text())
+    write_json(folder / part / "config.json", with_unknown(config))
+    model, plain = map(InstructX.from_pretrained, (folder, weights["instruct-only"]))
+    for ours, theirs in ((model, plain), (model.dit, plain.dit), (model.vae, plain.vae)):
+        assert ours.config == theirs.config
+
+
 def write_tiny_wan(folder):
     """A DiT in the layout of Wan2.2-TI2V-5B: three shards and an index, but few weights."""
     folder.mkdir()
     config = {
-        "_class_name": "WanModel", "_diffusers_version": "0.33.0", "dim": WIDTH, "eps": 1e-06,
-        "ffn_dim": 80, "freq_dim": 32, "in_dim": 48, "model_type": "ti2v", "num_heads": 3,
-        "num_layers": 2, "out_dim": 48, "text_len": 512,
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        "dim": WIDTH,
+        "eps": 1e-06,
+        "ffn_dim": 80,
+        "freq_dim": 32,
+        "in_dim": 48,
+        "model_type": "ti2v",
+        "num_heads": 3,
+        "num_layers": 2,
+        "out_dim": 48,
+        "text_len": 512,
     }
     write_json(folder / "config.json", config)
     tensors = WanDiT(dit_module.read_config(folder)).state_dict()
