@@ -195,15 +195,16 @@ def bytes_of(model, name=lambda name: True):
 
 
 @functools.cache
-def vae_peak(frames):
+def vae_peak(frames, release="wan2.1"):
     """Bytes that the VAE holds at its peak for each pixel of a frame, beyond its weights. All it does grows with area."""
     with torch.device("meta"):
-        codec = vae.WanVAE()
+        codec = vae.WanVAE(vae.PRESETS[release])
     codec.to_empty(device="cpu")
     length, side, peaks = min(frames, 9), 64, []  # from the third latent frame on, chunks are alike
+    stride, channels = codec.spatial_stride, codec.config.z_dim
     video, z = (
         torch.zeros(1, 3, length, side, side),
-        torch.zeros(1, 16, (length - 1) // 4 + 1, side // 8, side // 8),
+        torch.zeros(1, channels, (length - 1) // 4 + 1, side // stride, side // stride),
     )
     for run, held in (
         (lambda: codec.encode(video), 3 * 4 * frames),
@@ -215,36 +216,50 @@ def vae_peak(frames):
     return max(peaks)
 
 
-def needs(preset, shape, queries):
-    """GB that an edit with guidance holds at most: all in memory, blocks in int8, blocks offloaded.
-
-    The peak is in a step of the DiT or, where that is small, in the VAE.
-    """
-    config, narrow = dit.PRESETS[preset], replace(dit.PRESETS[preset], num_layers=2)
+def parts_of(preset):
+    """(MLLM, connector, VAE, DiT) on the meta device: Kiwi-Edit's with the 5B, else InstructX's."""
     with torch.device("meta"):
-        mllm, connector, codec, model = (
-            Qwen2_5_VL(),
-            Connector(InstructXConfig()),
-            vae.WanVAE(),
-            dit.WanDiT(config),
+        mllm = Qwen2_5_VL()
+        if preset != "5B":
+            add_lora(mllm)
+            connector = Connector(InstructXConfig())
+            return mllm, connector, vae.WanVAE(), dit.WanDiT(dit.PRESETS[preset])
+        widths = {"hidden_dim": 3072, "context_dim": 3072}
+        connector = Connector(InstructXConfig(reference_queries=768, **widths))
+        flags = dict.fromkeys(
+            ("source_embedding", "source_bias", "source_scaled", "reference_embedding"), True
         )
-        add_lora(mllm)
+        model = dit.WanDiT(replace(dit.PRESETS["5B"], text_dim=0, **flags))
+        return mllm, connector, vae.WanVAE(vae.PRESETS["wan2.2"]), model
+
+
+def needs(preset, shape, queries):
+    """GB that an edit holds at most: all in memory, blocks in int8, blocks offloaded.
+
+    With guidance, but for the 5B. The peak is in a step of the DiT or, where that is small, in
+    the VAE.
+    """
+    mllm, connector, codec, model = parts_of(preset)
+    narrow, batch = replace(model.config, num_layers=2), 1 if preset == "5B" else 2
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         torch.set_default_dtype(torch.bfloat16)
         step = dit.WanDiT(narrow)
         torch.set_default_dtype(torch.float32)
-        latents = torch.empty(2, *shape)
-        context = torch.empty(2, queries, 4096, dtype=torch.bfloat16)
+        latents = torch.empty(batch, *shape)
+        width = narrow.text_dim or narrow.dim
+        context = torch.empty(batch, queries, width, dtype=torch.bfloat16)
         with Live(step) as live:
             condition = step.condition(context, latents.shape, latents[:1])
-            step.denoise(latents, torch.empty(2), condition)
+            step.denoise(latents, torch.empty(batch), condition)
     matrix = lambda key: key.startswith("blocks.") and key.endswith("weight") and "norm" not in key
     tower = lambda key: key.startswith(("visual.blocks.", "model.layers.")) and "lora_" not in key
     others, whole = bytes_of(connector) + bytes_of(codec), bytes_of(mllm) + bytes_of(model)
     block = bytes_of(model, lambda key: key.startswith("blocks.0."))
     apart = bytes_of(mllm, tower) + bytes_of(model, lambda key: key.startswith("blocks."))
     denoise = live.peak
-    code = vae_peak(4 * shape[1] - 3) * 64 * shape[2] * shape[3]
+    release = "wan2.2" if preset == "5B" else "wan2.1"
+    pixels = codec.spatial_stride**2 * shape[2] * shape[3]
+    code = vae_peak(4 * shape[1] - 3, release) * pixels
     return [
         (others + max(size + denoise, between + code)) / 1e9
         for size, between in (
@@ -255,15 +270,23 @@ def needs(preset, shape, queries):
     ]
 
 
+WAN2_1_SIZES = (
+    ("an image of 1024x1024", (16, 1, 128, 128), 256),
+    ("81 frames of 832x480", (16, 21, 60, 104), 512),
+    ("81 frames of 1280x720", (16, 21, 90, 160), 512),
+)
+KIWI_SIZES = (  # at most the 921,600 pixels that it was trained on; 720 is padded to 736
+    ("an image of 960x960", (48, 1, 60, 60), 256),
+    ("81 frames of 832x480", (48, 21, 30, 52), 512),
+    ("81 frames of 1280x720", (48, 21, 46, 80), 512),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["14B", "1.3B"])
+@pytest.mark.parametrize("preset", ["14B", "1.3B", "5B"])
 def test_needs_of_the_readme(preset):
     """What an edit takes by size, computed from the tensors of a step."""
-    for name, shape, queries in (
-        ("an image of 1024x1024", (16, 1, 128, 128), 256),
-        ("81 frames of 832x480", (16, 21, 60, 104), 512),
-        ("81 frames of 1280x720", (16, 21, 90, 160), 512),
-    ):
+    for name, shape, queries in KIWI_SIZES if preset == "5B" else WAN2_1_SIZES:
         row = (
             f"| {preset}, {name} | "
             + " | ".join(f"{size:.1f}" for size in needs(preset, shape, queries))
@@ -271,9 +294,10 @@ def test_needs_of_the_readme(preset):
         )
         assert row in TESTS_PAGE, row
         flop = dit.step_flops(dit.PRESETS[preset], shape[1] * shape[2] * shape[3] // 4, queries)
-        seconds = [2 * 50 * flop / (peak * 1e12) for peak in (790, 312, 165)]  # guidance, steps
+        total = 50 * flop * (1 if preset == "5B" else 2)  # steps, guidance
+        seconds = [total / (peak * 1e12) for peak in (790, 312, 165)]
         row = (
-            f"| {preset}, {name} | {100 * flop / 1e15:,.1f} | "
+            f"| {preset}, {name} | {total / 1e15:,.1f} | "
             + " | ".join(f"{time:,.0f}" for time in seconds)
             + " |"
         )
