@@ -58,7 +58,8 @@ class InstructXConfig:
     image_queries: int = 256  # paper
     video_queries: int = 512  # paper
     mllm_frames: int = 13  # paper: frames of a clip that the MLLM sees
-    frame_pixels: int = 602112  # a clip's frames are scaled down to this for it, as Qwen's own are
+    frame_pixels: int = 602112  # larger ones are scaled down for it, as by Qwen's own pipeline
+    system_prompt: str = SYSTEM_PROMPT
     text_embedding: bool = True  # False: the connector writes the DiT's own width
     lora_rank: int = 64  # 0 leaves the MLLM as it was released
     lora_alpha: float = 64.0
@@ -66,9 +67,10 @@ class InstructXConfig:
     guidance: float = 5.0
     shift: float = 5.0
     solver: str = "unipc"
-    system_prompt: str = SYSTEM_PROMPT
+    area: int = 0  # pixels of the pictures it was trained on; edit.py works at this size; 0: any
     max_references: int = 99
-    # The rest is how Kiwi-Edit, whose weights are open, differs.
+
+    # How Kiwi-Edit differs, whose weights are open.
     source_first: bool = False  # in the prompt, whose turn ends behind the queries
     reference_queries: int = 0  # queries where there is a reference, which has an MLP of its own
     reference_words: str = ""  # put behind the instruction where there is a reference
@@ -76,7 +78,6 @@ class InstructXConfig:
     reference_padded: bool = False  # the DiT sees it on white, in the size of the source
     frame_resizes: tuple = ()  # see Processor
     mllm_fps: float = 0.0  # the frame rate that the MLLM is told; 0: that of the clip
-    area: int = 0  # pixels of the pictures it was trained on; edit.py works at this size; 0: any
 
 
 class Connector(nn.Module):
@@ -181,14 +182,10 @@ class InstructX(nn.Module):
         steps = self.config.steps if steps is None else steps
         self.sampler(steps)  # its errors come before the work
         if not (np.isfinite(guidance) and guidance >= 1):
-            raise ValueError(
-                f"guidance is {guidance}; it should be 1 or more (1: no amplification)"
-            )
+            raise ValueError(f"guidance is {guidance}; it should be 1 or more; 1 changes nothing")
         if len(references) > self.config.max_references:
-            known = (
-                f"at most {self.config.max_references}" if self.config.max_references else "none"
-            )
-            raise ValueError(f"{len(references)} references, but these weights take {known}")
+            most = self.config.max_references
+            raise ValueError(f"{len(references)} references; these weights take at most {most}")
         shown = [self.shown_reference(picture, frames.shape) for picture in references]
         references = [self.framed_reference(picture, frames.shape) for picture in shown]
 
@@ -255,23 +252,35 @@ class InstructX(nn.Module):
 
     def context(self, inputs, is_video):
         """What the DiT reads instead of T5 embeddings. `inputs`: a prompt, or a batch of them."""
-        # Where Kiwi-Edit has a reference, it shows even a single source frame as a video.
-        has_reference = {"pixel_values", "pixel_values_videos"} <= inputs.keys()
+        has_reference = self.has_reference(inputs)
         queries = self.connector.queries(is_video, has_reference)  #            (Q, D)
-        behind = queries
-        if self.config.source_first:  # the end of the turn stands behind the queries
-            end = self.mllm.words(torch.tensor(self.processor.turn_end()))  #   (2, D)
-            behind = torch.cat([queries.to(end), end])  #                       (Q+2, D)
-        hidden = self.mllm(**inputs, queries=behind)  #                         (B, L+Q, D)
-        # Kiwi-Edit was trained on the last Q states, so the end of the turn is among them.
+        hidden = self.mllm(**inputs, queries=self.with_turn_end(queries))  #    (B, L+Q, D)
         features = hidden[:, -len(queries) :]  #                                (B, Q, D)
         context = self.connector(features)  #                                   (B, Q, 4096)
-        if has_reference and self.config.reference_queries:
-            tokens = int(inputs["image_grid_thw"][-1].prod()) // self.processor.merge_size**2
-            end = hidden.shape[1] - len(behind) - 1  # the prompt ends with <|vision_end|>
-            states = hidden[:, end - tokens : end]  #                           (B, R, D)
+        if has_reference:
+            states = self.reference_states(hidden, inputs)  #                   (B, R, D)
             context = torch.cat([self.connector.reference(states), context], dim=1)
         return context
+
+    # Three details of Kiwi-Edit, which InstructX does without.
+
+    def has_reference(self, inputs):
+        """Beside a reference Kiwi-Edit shows the source as a video, even if it is one frame."""
+        both = {"pixel_values", "pixel_values_videos"} <= inputs.keys()
+        return self.config.reference_queries > 0 and both
+
+    def with_turn_end(self, queries):
+        """Kiwi-Edit ends the user's turn behind the queries, and keeps the last Q states of all."""
+        if not self.config.source_first:
+            return queries
+        end = self.mllm.words(torch.tensor(self.processor.turn_end()))  # (2, D)
+        return torch.cat([queries.to(end), end])
+
+    def reference_states(self, hidden, inputs):
+        """The states at the tokens of the reference, with which the prompt ends: (B, R, D)."""
+        tokens = int(inputs["image_grid_thw"][-1].prod()) // self.processor.merge_size**2
+        end = inputs["input_ids"].shape[1] - 1  # before <|vision_end|>
+        return hidden[:, end - tokens : end]
 
     @torch.no_grad()
     def sample(

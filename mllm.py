@@ -399,7 +399,8 @@ class Decoder(nn.Module):
         """(3, B, T) positions -> cos and sin (B, T, 1, d/2). Each pair of channels has its axis."""
         config = self.config
         speed = frequencies(config.head_dim, config.rope_theta, positions.device)
-        axis = torch.arange(3).repeat_interleave(torch.tensor(config.mrope_section))  # (d/2,)
+        sections = torch.tensor(config.mrope_section)
+        axis = torch.arange(3).repeat_interleave(sections, output_size=config.head_dim // 2)
         angles = (positions[axis].movedim(0, -1) * speed)[:, :, None]
         return angles.cos(), angles.sin()
 

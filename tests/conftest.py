@@ -1,10 +1,14 @@
-"""A whole weights folder with random models of a few thousand weights, for tests of what joins them."""
+"""A whole weights folder with random models of a few thousand weights, for tests of what joins
+them.
+"""
 
 import os
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # the models here are so small that threads only get in each other's way
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models here are so small that threads only get in each other's way
 
 
 def tiny_tokenizer():
@@ -12,27 +16,42 @@ def tiny_tokenizer():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     from mllm import SPECIAL_TOKENS
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = Tokenizer(
+        models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     names = ("<|endoftext|>", *SPECIAL_TOKENS)
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    tokenizer.add_special_tokens(
+        [AddedToken(name, normalized=False, special=True) for name in names]
+    )
     return tokenizer
 
 
 def randomize(model, generator):
     """Random weights under which every term matters: none starts at zero, gains stand around 1."""
     import torch
+
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             is_gain = p.ndim == 1 and name.endswith("weight") or name.endswith("gamma")
-            p.copy_(1 + 0.2 * noise if is_gain else noise * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
+            p.copy_(
+                1 + 0.2 * noise
+                if is_gain
+                else noise * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
+            )
     return model
 
 
 def make_tiny_weights(folder, trained=True):
-    """Writes mllm/, dit/, vae/ and, if `trained`, instructx/ into `folder`, as weights/README.md says."""
+    """Writes mllm/, dit/, vae/ and, if `trained`, instructx/ into `folder`, as weights/README.md
+    says.
+    """
     import dataclasses
 
     import torch
@@ -43,7 +62,9 @@ def make_tiny_weights(folder, trained=True):
     from connector import InstructX
 
     random, tokenizer = torch.Generator().manual_seed(0), tiny_tokenizer()
-    ids = {f"{name}_token_id": tokenizer.token_to_id(f"<|{name}_pad|>") for name in ("image", "video")}
+    ids = {
+        f"{name}_token_id": tokenizer.token_to_id(f"<|{name}_pad|>") for name in ("image", "video")
+    }
     qwen = randomize(mllm.Qwen2_5_VL(dataclasses.replace(mllm.PRESETS["tiny"], **ids)), random)
     processor = mllm.Processor(tokenizer, patch_size=8, min_pixels=256, max_pixels=1024)
     wan = randomize(dit.WanDiT(dit.PRESETS["tiny"]), random)
@@ -52,8 +73,20 @@ def make_tiny_weights(folder, trained=True):
         model.save_pretrained(folder / name)
     if trained:
         model = InstructX.untrained(
-            qwen, processor, wan, autoencoder, hidden_dim=48, image_queries=4, video_queries=6,
-            mllm_frames=3, lora_rank=2, lora_alpha=4.0, steps=2, guidance=2.0, shift=3.0)
+            qwen,
+            processor,
+            wan,
+            autoencoder,
+            hidden_dim=48,
+            image_queries=4,
+            video_queries=6,
+            mllm_frames=3,
+            lora_rank=2,
+            lora_alpha=4.0,
+            steps=2,
+            guidance=2.0,
+            shift=3.0,
+        )
         model.dit.add_source_embedding()
         for name, p in model.named_parameters():
             if "lora_" in name or name.startswith("connector."):
@@ -64,5 +97,8 @@ def make_tiny_weights(folder, trained=True):
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
-    """A weights folder with random models. Shared by all tests of a run: copy it before changing anything in it."""
+    """A weights folder with random models.
+
+    Shared by all tests of a run: copy it before changing anything in it.
+    """
     return make_tiny_weights(tmp_path_factory.mktemp("tiny") / "weights")

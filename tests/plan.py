@@ -1,7 +1,7 @@
 """Parameters, memory and days of a training stage, before anything is downloaded or rented.
 
     python tests/plan.py 14B --stage 2 --gpus 8 --gradient-checkpointing
-    python tests/plan.py 14B --stage 1 --micro-batch 1 --dit-lora 64 --weights FOLDER
+    python tests/plan.py 14B --stage 2 --micro-batch 1 --dit-lora 64 --weights FOLDER
 
 The sizes are those of the config.json files in --weights, else as released with the DiT named. All
 other options go to train.py; batches are the paper's unless given. No weights and no memory are
@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from connector import InstructX, InstructXConfig, locate
+from connector import InstructX, locate
+from connector import read_config as read_settings
 from dit import PRESETS, WanDiT
 from dit import read_config as read_dit_config
 from edit import Parser, number
@@ -68,7 +69,7 @@ def build(options, args, layers=None):
     mllm = config_of("mllm", read_mllm_config, Qwen2_5_VLConfig())
     dit = config_of("dit", read_dit_config, PRESETS[options.dit])
     vae = config_of("vae", read_vae_config, VAEConfig())
-    settings = config_of("instructx", InstructXConfig.from_file, None)
+    settings = config_of("instructx", read_settings, None)
     if layers:
         mllm, dit = replace(mllm, num_hidden_layers=layers), replace(dit, num_layers=layers)
     settings = (asdict(settings) if settings else {}) | args.config

@@ -1,4 +1,4 @@
-"""claims.py at a tiny size on the weights that ship: arms, late clips, all claims run."""
+"""claims.py at a tiny size on the weights that ship: arms, data, every experiment run."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ sys.path.insert(0, str(FOLDER))
 
 import claims
 import world
-from claims import ARMS, CLAIMS, MEDIA
+from claims import ARMS, CLAIMS, GROUPS, MEDIA
 
 import train
 
@@ -44,7 +44,7 @@ COSTS = dict.fromkeys(
 def out(tmp_path_factory):
     """An OUT with models and data, and no run yet."""
     out = tmp_path_factory.mktemp("claims")
-    claims.prepare(claims.parse(["a", *TINY, "--out", str(out)]))
+    claims.prepare(claims.parse([*CLAIMS, *TINY, "--out", str(out)]))
     return out
 
 
@@ -122,6 +122,7 @@ def test_what_an_arm_trains(out, tmp_path, name, stage):
         assert source.any() == (name not in ("zero", "none"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["baseline", "transformer", "qformer"])
 def test_half_precision(out, tmp_path, name):
     """--precision reaches training and validation of every connector, and hardly changes a loss."""
@@ -226,37 +227,35 @@ def whole(out):
     return out
 
 
+@pytest.mark.slow
 def test_every_arm_yields_its_rows(whole):
     for arm in ARMS.values():
         folder = whole / f"{arm.name}-0"
-        rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        rows = claims.read_lines(folder / "results.jsonl")
         assert [(row["arm"], row["seed"], row["media"], row["cases"]) for row in rows] == [
-            (arm.name, 0, media, 1) for media in MEDIA
+            (arm.name, 0, group, 1) for group in GROUPS
         ]
-        assert all(
-            np.isfinite([row[key] for key in ("loss", "success", "inside", "outside")]).all()
-            for row in rows
-        )
-        assert {"stage1", "stage1_mean"} <= rows[0].keys() and not (
-            folder / "stage2" / "checkpoints"
-        ).exists()
-        steps = [
-            json.loads(line)
-            for line in (folder / "stage2" / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert [row["video"] for row in steps if "loss" in row] == [False, arm.clips]
+        for row in rows:
+            measures = [row[key] for key in ("loss", "success", "inside", "outside")]
+            assert np.isfinite(measures).all()
+        assert {"stage1", "stage1_mean"} <= rows[0].keys()
+        assert not list(folder.glob("*/checkpoints"))
         assert (folder / "stage1").exists() == (arm.stage1 == arm.name)
-        assert [step for step, _ in claims.curve_of(folder / "stage2", "late")] == [0, 2]
-    losses = {
-        arm.name: claims.curve_of(whole / f"{arm.name}-0" / "stage2", "clip")
-        for arm in ARMS.values()
-    }
-    assert len({curve[-1] for curve in losses.values()}) == len(
-        ARMS
-    )  # no arm is another in disguise
+        assert (folder / "stage2").exists() == (arm.stage2 == "")
+        assert (folder / "stage3").exists() == bool(arm.quality)
+        last = claims.last_stage(whole, arm, 0)
+        steps = [row["video"] for row in claims.read_lines(last / "metrics.jsonl") if "loss" in row]
+        assert steps == ([False] if arm.quality else [False, arm.clips])
+        steps = [step for step, _ in claims.curve_of(last, "late")]
+        assert steps == ([0, 1] if arm.quality else [0, 2])
+    losses = set()
+    for arm in ARMS.values():
+        losses.add(claims.curve_of(claims.last_stage(whole, arm, 0), "clip")[-1][1])
+    assert len(losses) == len(ARMS)  # no arm is another in disguise
     assert all((whole / f"claim-{claim}.png").exists() for claim in CLAIMS)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(whole, monkeypatch, capsys):
     """A whole run is left alone; of one that was cut off while editing, the rest alone is made."""
     file, edit = whole / "zero-0" / "results.jsonl", whole / "zero-0" / "edits" / "image-00000.png"
@@ -282,16 +281,59 @@ def test_what_is_there_is_not_made_again(whole, monkeypatch, capsys):
     assert said in (whole / "claims.md").read_text()
 
 
+@pytest.mark.slow
 def test_estimate(out, tmp_path, monkeypatch, capsys):
-    """A stage 1 that two arms share counts once; what is measured is what it adds up."""
-    options = claims.parse(["c", *TINY, "--out", str(tmp_path)])
+    """A stage that several arms share counts once; what is measured is what it adds up."""
     monkeypatch.setattr(claims, "measure", lambda options, arm: COSTS)
-    claims.estimate(options, [(ARMS[name], 0) for name in CLAIMS["c"][1]])
+
+    def estimate(claim):
+        options = claims.parse([claim, *TINY, "--out", str(tmp_path)])
+        claims.estimate(options, [(ARMS[name], 0) for name in CLAIMS[claim][1]])
+        return capsys.readouterr().out
+
     # 2 steps and 2 validations; twice 2 steps, 2 validations, and the edits
-    assert "1 of stage 1 and 2 of stage 2, about 1.40 hours" in capsys.readouterr().out
+    text = "1 of stage 1, 2 of stage 2, edits of 2 runs; about 1.40 hours"
+    assert text in estimate("c")
+    # the same, and three times a step, 2 validations, and the edits
+    text = "1 of stage 1, 2 of stage 2, 3 of stage 3, edits of 3 runs; about 2.40 hours"
+    assert text in estimate("quality")
     monkeypatch.undo()
     costs = claims.measure(claims.parse(["c", *TINY, "--out", str(out)]), ARMS["baseline"])
     assert costs.keys() == COSTS.keys() and all(value > 0 for value in costs.values())
+
+
+def test_data_of_the_quality_stage(out):
+    """A fault that is too faint, or that the sources have too, would leave nothing to repair."""
+    for media in MEDIA:
+        folder = out / "data" / media
+        clean, faulty = (claims.read_lines(folder / f"{n}.jsonl") for n in ("data", "faulty"))
+        for one, other in zip(clean, faulty, strict=True):
+            targets = [world.read_frames(folder / line["target"]) for line in (one, other)]
+            assert one | {"target": other["target"]} == other
+            source = world.read_frames(folder / one["source"])
+            assert not world.judge(source, *targets)["success"]
+
+
+def test_looks_are_withheld_from_clips_alone(out):
+    """A style among the clips, or none among the images, and transfer is not what is seen."""
+    for media in MEDIA:
+        folder = out / "data" / media
+        lines, plain = (claims.read_lines(folder / f"{n}.jsonl") for n in ("data", "plain"))
+        looks = [line["target_scene"]["look"] for line in lines]
+        if media == "image":
+            assert plain == lines
+        else:
+            assert plain == [line for line, look in zip(lines, looks) if look is None]
+        assert any(looks) == (media != "late")
+    options = claims.parse(["transfer", *TINY, "--out", str(out)])
+    line = claims.command_line(options, ARMS["withheld"], 2, 0, out)
+    files = [str(out / "data" / media / "plain.jsonl") for media in MEDIA]
+    assert [word for word in line if word.endswith("plain.jsonl")] == files
+    assert not any(word.endswith("data.jsonl") for word in line[: 1 + len(files)])
+    groups = [
+        claims.groups_of(row["id"]) for row in claims.read_lines(out / "data/test/data.jsonl")
+    ]
+    assert groups == [["image"], ["clip", "styled"], ["late"]]
 
 
 def test_table_has_mean_and_deviation():
@@ -325,7 +367,7 @@ def test_table_has_mean_and_deviation():
 @pytest.mark.parametrize(
     "arguments, why",
     [
-        (["a", "--weights", "nowhere"], "no such folder"),
+        (["a", "--weights", "nowhere"], "nowhere does not exist"),
         (["table"], "no two arms"),
         (["f"], "invalid choice"),
         (["a", "--seeds", "0"], "--seeds"),

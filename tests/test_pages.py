@@ -4,6 +4,8 @@ import functools
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -196,7 +198,10 @@ def bytes_of(model, name=lambda name: True):
 
 @functools.cache
 def vae_peak(frames, release="wan2.1"):
-    """Bytes that the VAE holds at its peak for each pixel of a frame, beyond its weights. All it does grows with area."""
+    """Bytes that the VAE holds at its peak for each pixel of a frame, beyond its weights.
+
+    All it does grows with area.
+    """
     with torch.device("meta"):
         codec = vae.WanVAE(vae.PRESETS[release])
     codec.to_empty(device="cpu")

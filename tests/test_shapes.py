@@ -71,7 +71,9 @@ def test_the_first_command(tmp_path):
 
 
 def test_the_model_that_ships_edits(tmp_path):
-    """Weights that are untrained, or of another code than this one, still make a picture of the right size."""
+    """Weights that are untrained, or of another code than this one, still make a picture of the
+    right size.
+    """
     edited(EXAMPLE, "turn the scene into night", "-o", tmp_path / "night.png")
     source, result = pixels(EXAMPLE), pixels(tmp_path / "night.png")
     target = (world.LOOK["night"](source / np.float32(255)) * 255).round()
@@ -79,7 +81,9 @@ def test_the_model_that_ships_edits(tmp_path):
 
 
 def test_clip_with_sound(tmp_path):
-    """Size, number of frames, rate and sound are those of the input, whatever the models were trained on."""
+    """Size, number of frames, rate and sound are those of the input, whatever the models were
+    trained on.
+    """
     source, result = tmp_path / "source.mp4", tmp_path / "result.mp4"
     subprocess.run(
         [
@@ -125,7 +129,9 @@ def test_the_reference_decides(tmp_path):
 
 
 def test_same_seed_same_bytes(tmp_path):
-    """In two processes: what depends on the order of a set or on the clock agrees with itself within one."""
+    """In two processes: what depends on the order of a set or on the clock agrees with itself
+    within one.
+    """
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         edited(
             CLIP,
@@ -153,7 +159,9 @@ def test_same_seed_same_bytes(tmp_path):
     ],
 )
 def test_bad_input_in_a_shell(arguments, said, tmp_path):
-    """tests/test_edit.py has every kind within one process; here is what a shell gets: code, one line, no file."""
+    """tests/test_edit.py has every kind within one process; here is what a shell gets: code, one
+    line, no file.
+    """
     done = shell("edit.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
     assert (
@@ -164,7 +172,9 @@ def test_bad_input_in_a_shell(arguments, said, tmp_path):
 
 
 def test_instructions_with_special_tokens(tmp_path):
-    """Words that place a picture or open a turn are for the processor alone; here they end in one line."""
+    """Words that place a picture or open a turn are for the processor alone; here they end in one
+    line.
+    """
     done = shell("edit.py", EXAMPLE, "add <|image_pad|>", "-o", tmp_path / "out.png")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "<|image_pad|>" in done.stderr
 

@@ -19,7 +19,9 @@ from world import KINDS, Scene, Thing, draw, judge, render, rivals, sample  # no
 
 
 def case_rivals(case):
-    return scene_rivals(case.source_scene, case.target_scene, case.target.shape[1], len(case.target))
+    return scene_rivals(
+        case.source_scene, case.target_scene, case.target.shape[1], len(case.target)
+    )
 
 
 scene_rivals = functools.lru_cache(maxsize=1)(rivals)  # a test asks many times about one case
@@ -35,13 +37,17 @@ def edited(case):
     """[(thing before, thing after)], None where there was or is none; a swap keeps the path."""
     before = [thing for thing in case.source_scene.things if thing not in case.target_scene.things]
     after = [thing for thing in case.target_scene.things if thing not in case.source_scene.things]
-    heir = lambda old: next((new for new in after if (new.start, new.end) == (old.start, old.end)), None)
+    heir = lambda old: next(
+        (new for new in after if (new.start, new.end) == (old.start, old.end)), None
+    )
     pairs = [(old, heir(old)) for old in before]
     return pairs + [(None, new) for new in after if new not in [pair[1] for pair in pairs]]
 
 
 def with_things(scene, old, new):
-    things = [new if thing == old else thing for thing in scene.things] + ([new] if old is None else [])
+    things = [new if thing == old else thing for thing in scene.things] + (
+        [new] if old is None else []
+    )
     return replace(scene, things=tuple(thing for thing in things if thing))
 
 
@@ -51,19 +57,25 @@ def cases(kinds, count, video=False, split="train"):
 
 @pytest.mark.parametrize("video", [False, True])
 def test_same_seed_same_bytes(video):
-    """State kept between calls (a global generator, a mutated cache) would change what a seed means."""
+    """State kept between calls (a global generator, a mutated cache) would change what a seed
+    means.
+    """
     first = [sample(seed, video) for seed in range(12)]
     for one in reversed(first):
         other = sample(one.seed, video)
         assert one.instruction == other.instruction and one.kind == other.kind
         assert np.array_equal(one.source, other.source) and np.array_equal(one.target, other.target)
-        assert all(np.array_equal(a, b) for a, b in zip(one.references, other.references, strict=True))
+        assert all(
+            np.array_equal(a, b) for a, b in zip(one.references, other.references, strict=True)
+        )
     assert len({one.source.tobytes() for one in first}) == 12
 
 
 @pytest.mark.parametrize("video", [False, True])
 def test_held_out_combinations_never_in_train(video):
-    """A leak into a source, a target, a reference or a question would make the held-out score meaningless."""
+    """A leak into a source, a target, a reference or a question would make the held-out score
+    meaningless.
+    """
     names = [f"{color} {shape}" for color, shape in world.HELD_OUT_NAMES]
     centers = np.array([world.cell_center(place) for place in world.PLACES])
     rng = np.random.default_rng(0)
@@ -72,15 +84,22 @@ def test_held_out_combinations_never_in_train(video):
         for scene in (draft.source, draft.scene, *draft.references):
             for thing in scene.things:
                 assert thing.name not in world.HELD_OUT_NAMES
-                far = np.abs(thing.path(9)[:, None] - centers).max(axis=-1)  # the nearest cell in every frame
-                assert not {(*thing.name, world.PLACES[i]) for i in far.argmin(axis=1)} & world.HELD_OUT_PLACES
+                far = np.abs(thing.path(9)[:, None] - centers).max(
+                    axis=-1
+                )  # the nearest cell in every frame
+                assert (
+                    not {(*thing.name, world.PLACES[i]) for i in far.argmin(axis=1)}
+                    & world.HELD_OUT_PLACES
+                )
         texts = [draft.instruction, world.caption(draft.source), world.caption(draft.scene)]
         texts += [text for pair in world.questions(draft.source, rng) for text in pair]
         assert not any(name in text for name in names for text in texts)
 
 
 def test_held_out_split_always_tests_something():
-    """A held-out case whose edit touches nothing held out would be a training case under another name."""
+    """A held-out case whose edit touches nothing held out would be a training case under another
+    name.
+    """
     for seed in range(1500):
         kind, draft = draw(seed, video=seed % 2 == 1, split="heldout")
         source, target = set(draft.source.things), set(draft.scene.things)
@@ -88,7 +107,9 @@ def test_held_out_split_always_tests_something():
 
 
 def test_kinds_are_balanced():
-    """Rejected scenes must not thin out the kinds that need more room; make() gives every kind the same number."""
+    """Rejected scenes must not thin out the kinds that need more room; make() gives every kind the
+    same number.
+    """
     counts = {kind: 0 for kind in KINDS}
     for seed in range(1800):
         counts[draw(seed)[0]] += 1
@@ -115,7 +136,9 @@ def test_nothing_overlaps_or_leaves_the_frame():
 
 
 def test_shapes_stay_in_their_box():
-    """apart() and the frame check trust the radius: no painted pixel may lie outside that box, in any shape or size."""
+    """apart() and the frame check trust the radius: no painted pixel may lie outside that box, in
+    any shape or size.
+    """
     for shape in world.SHAPES:
         for size in ("small", "large", "huge"):
             thing = Thing("black", shape, size, (0.5, 0.5), (0.5, 0.5))
@@ -127,22 +150,34 @@ def test_shapes_stay_in_their_box():
 
 
 def test_a_shape_is_painted_where_it_is():
-    """Swapped axes or an offset of half a pixel would make every place word and every trajectory wrong."""
+    """Swapped axes or an offset of half a pixel would make every place word and every trajectory
+    wrong.
+    """
     still = Thing("black", "circle", "small", (0.25, 0.7), (0.25, 0.7))
     moving = replace(still, start=(0.25, 0.3), end=(0.75, 0.6))
     for thing in (still, moving):
         for frame, center in zip(render(Scene("white", (thing,)), frames=9), thing.path(9) * 64):
             weight = 244.0 - frame[..., 0]
-            y, x = (np.arange(64) + 0.5) @ weight.sum(axis=1), (np.arange(64) + 0.5) @ weight.sum(axis=0)
+            y, x = (
+                (np.arange(64) + 0.5) @ weight.sum(axis=1),
+                (np.arange(64) + 0.5) @ weight.sum(axis=0),
+            )
             assert np.allclose(np.array([x, y]) / weight.sum(), center, atol=0.05)
-    assert (world.where(still), world.where(moving)) == ("bottom left", "from the top left to the right")
+    assert (world.where(still), world.where(moving)) == (
+        "bottom left",
+        "from the top left to the right",
+    )
 
 
 def test_clips_move_and_images_do_not():
-    """Clips in which nothing moves would teach and test nothing about time; the edited things must keep their path."""
+    """Clips in which nothing moves would teach and test nothing about time; the edited things must
+    keep their path.
+    """
     for seed in range(60):
         case = sample(seed, video=True)
-        assert len(case.source) == len(case.target) == 9 and (case.source[0] != case.source[-1]).any()
+        assert (
+            len(case.source) == len(case.target) == 9 and (case.source[0] != case.source[-1]).any()
+        )
         for old, new in edited(case):
             if old and new:
                 assert (old.start, old.end, old.size) == (new.start, new.end, new.size)
@@ -152,7 +187,9 @@ def test_clips_move_and_images_do_not():
 
 
 def test_every_color_can_be_seen_on_every_ground_in_every_look():
-    """A yellow star on sand in fog that differs by a shade would be invisible to people and to the judge."""
+    """A yellow star on sand in fog that differs by a shade would be invisible to people and to the
+    judge.
+    """
     for ground in world.GROUNDS:
         for look in world.LOOK:
             empty = render(Scene(ground, (), look)).astype(int)
@@ -164,7 +201,9 @@ def test_every_color_can_be_seen_on_every_ground_in_every_look():
 
 
 def test_colors_are_far_apart():
-    """Neighboring colors that differ by less than the judge's window limit would be confused by people too."""
+    """Neighboring colors that differ by less than the judge's window limit would be confused by
+    people too.
+    """
     colors = [np.array(color) / 255 for color in world.COLORS.values()]
     assert min(np.abs(a - b).mean() for i, a in enumerate(colors) for b in colors[:i]) > 0.2
 
@@ -199,41 +238,65 @@ def test_instruction_says_what_the_target_shows():
             assert new.color in text and (case.kind == "color" or new.shape in text)
             assert case.kind != "add" or new.size in text
         if old is None:
-            assert text.endswith(f"at the {world.where(new)}") or text.startswith(f"at the {world.where(new)} add")
+            assert text.endswith(f"at the {world.where(new)}") or text.startswith(
+                f"at the {world.where(new)} add"
+            )
 
 
 def test_every_kind_has_four_wordings():
     """Fewer, and an editor learns the sentence, not the meaning."""
-    assert all(len(wordings) >= 4 for wordings in world.WORDINGS.values()) and len(world.REFERENCE) >= 4
-    assert set(world.WORDINGS) | {"hybrid", "ref_swap", "ref_add"} == set(KINDS) and len(world.JOINTS) >= 4
+    assert (
+        all(len(wordings) >= 4 for wordings in world.WORDINGS.values())
+        and len(world.REFERENCE) >= 4
+    )
+    assert (
+        set(world.WORDINGS) | {"hybrid", "ref_swap", "ref_add"} == set(KINDS)
+        and len(world.JOINTS) >= 4
+    )
 
 
 def test_caption_and_answers():
-    """The language pretraining believes every answer, so one scene is checked against answers written by hand."""
+    """The language pretraining believes every answer, so one scene is checked against answers
+    written by hand.
+    """
     still = Thing("red", "circle", "large", (0.15, 0.15), (0.15, 0.15))
     star = Thing("orange", "star", "small", (0.5, 0.5), (0.5, 0.8))
     twin = Thing("red", "square", "small", (0.85, 0.5), (0.85, 0.5))
     scene = Scene("gray", (star, twin, still))
-    assert world.caption(scene) == ("a large red circle at the top left, a small orange star moving from the center to "
-                                    "the bottom, a small red square at the right, on a gray ground")
+    assert world.caption(scene) == (
+        "a large red circle at the top left, a small orange star moving from the center to "
+        "the bottom, a small red square at the right, on a gray ground"
+    )
     assert world.caption(Scene("sky", (), "night")) == "on a sky ground, as night"
     asked = {}
     for seed in range(60):
         asked |= dict(world.questions(scene, np.random.default_rng(seed)))
-    answers = {"how many shapes are there?": "three", "what is the ground?": "gray",
-               "where is the red circle?": "top left", "what size is the red circle?": "large",
-               "where is the orange star?": "from the center to the bottom", "what color is the star?": "orange",
-               "is the orange star moving?": "yes", "is the red square moving?": "no", "what shape is orange?": "star",
-               "what is at the right?": "a small red square", "what is at the top?": "nothing",
-               "is there an orange star?": "yes", "is there a pink star?": "no"}
+    answers = {
+        "how many shapes are there?": "three",
+        "what is the ground?": "gray",
+        "where is the red circle?": "top left",
+        "what size is the red circle?": "large",
+        "where is the orange star?": "from the center to the bottom",
+        "what color is the star?": "orange",
+        "is the orange star moving?": "yes",
+        "is the red square moving?": "no",
+        "what shape is orange?": "star",
+        "what is at the right?": "a small red square",
+        "what is at the top?": "nothing",
+        "is there an orange star?": "yes",
+        "is there a pink star?": "no",
+    }
     assert answers.items() <= asked.items()
-    assert not {"what shape is red?", "what is at the center?", "what is at the bottom?"} & asked.keys()
+    assert (
+        not {"what shape is red?", "what is at the center?", "what is at the bottom?"}
+        & asked.keys()
+    )
     with pytest.raises(ValueError, match="plain scenes"):
         world.questions(replace(scene, look="gray"), np.random.default_rng(0))
 
 
 def test_vocabulary_is_small_and_complete():
-    """A word that the tokenizer never saw while training would be unknown to it in an instruction."""
+    """A word that the tokenizer never saw in training would be unknown to it in an instruction."""
     split = lambda text: text.replace(",", " ,").replace("?", " ?").split()
     words = {word for text in world.vocabulary_texts(4000) for word in split(text)}
     assert len(words) <= 95 and all(word == word.lower() for word in words)
@@ -255,7 +318,9 @@ def test_judge_accepts_the_truth_and_rejects_the_untouched_source(video):
 
 @pytest.mark.parametrize("video", [False, True])
 def test_judge_forgives_what_a_vae_does(video):
-    """Soft edges and a little noise are not a wrong edit: a judge that asks for perfect pixels scores every model 0."""
+    """Soft edges and a little noise are not a wrong edit: a judge that asks for perfect pixels
+    scores every model 0.
+    """
     rng = np.random.default_rng(0)
     verdicts = []
     for case in cases(KINDS, 2 if video else 8, video):
@@ -268,11 +333,15 @@ def test_judge_forgives_what_a_vae_does(video):
 
 
 def test_judge_rejects_every_wrong_color():
-    """Orange for yellow on a small star is a small error in pixels; it is a wrong edit all the same."""
+    """Orange for yellow on a small star is a small error in pixels; it is a wrong edit all the
+    same.
+    """
     for case in cases(("color", "swap", "add", "ref_swap", "ref_add"), 5):
         [(_, new)] = edited(case)
         for color in set(world.COLORS) - {new.color}:
-            assert not accepts(case, with_things(case.target_scene, new, replace(new, color=color))), (case.kind, color)
+            assert not accepts(
+                case, with_things(case.target_scene, new, replace(new, color=color))
+            ), (case.kind, color)
 
 
 def test_judge_rejects_every_wrong_shape_and_size():
@@ -280,7 +349,9 @@ def test_judge_rejects_every_wrong_shape_and_size():
     for case in cases(("swap", "add", "ref_swap", "ref_add"), 10):
         [(_, new)] = edited(case)
         other = {"small": "large", "large": "small"}[new.size]
-        wrong = [replace(new, shape=shape) for shape in set(world.SHAPES) - {new.shape}] + [replace(new, size=other)]
+        wrong = [replace(new, shape=shape) for shape in set(world.SHAPES) - {new.shape}] + [
+            replace(new, size=other)
+        ]
         for thing in wrong:
             assert not accepts(case, with_things(case.target_scene, new, thing)), (case.kind, thing)
 
@@ -291,7 +362,9 @@ def test_judge_rejects_the_wrong_place():
         [(_, new)] = edited(case)
         for place in set(world.PLACES) - set(new.places()):
             spot = world.cell_center(place)
-            assert not accepts(case, with_things(case.target_scene, new, replace(new, start=spot, end=spot)))
+            assert not accepts(
+                case, with_things(case.target_scene, new, replace(new, start=spot, end=spot))
+            )
 
 
 @pytest.mark.parametrize("video", [False, True])
@@ -309,11 +382,16 @@ def test_judge_rejects_the_right_edit_of_the_wrong_object(video):
 
 @pytest.mark.parametrize("video", [False, True])
 def test_judge_rejects_damage_to_what_should_stay(video):
-    """The right edit with a second object gone, recolored, or a third one invented is not a success."""
+    """The right edit with a second object gone, recolored, or a third one invented is not a
+    success.
+    """
     tried = 0
     for case in cases(KINDS, 6 if not video else 1, video):
         for thing in set(case.target_scene.things) & set(case.source_scene.things):
-            assert not accepts(case, with_things(case.target_scene, thing, None)), (case.kind, case.seed)
+            assert not accepts(case, with_things(case.target_scene, thing, None)), (
+                case.kind,
+                case.seed,
+            )
             if case.target_scene.look not in ("gray", "sketch"):
                 color = "green" if thing.color != "green" else "red"
                 damaged = with_things(case.target_scene, thing, replace(thing, color=color))
@@ -328,7 +406,11 @@ def test_judge_rejects_half_a_hybrid(video):
     for case in cases(("hybrid",), 40 if not video else 6, video):
         pairs, look = edited(case), case.target_scene.look
         halves = [with_things(case.target_scene, new, old) for old, new in pairs if new]
-        halves += [replace(case.target_scene, things=(*case.target_scene.things, old)) for old, new in pairs if not new]
+        halves += [
+            replace(case.target_scene, things=(*case.target_scene.things, old))
+            for old, new in pairs
+            if not new
+        ]
         halves += [replace(case.target_scene, look=None)] * bool(look)
         assert len(halves) == 2
         for half in halves:
@@ -339,18 +421,32 @@ def test_judge_rejects_the_wrong_look():
     """Night for sunset, mosaic for blur."""
     for case in cases(("style", "tone"), 6):
         for look in set(world.LOOK) - {case.target_scene.look}:
-            assert not accepts(case, replace(case.target_scene, look=look)), (case.target_scene, look)
+            assert not accepts(case, replace(case.target_scene, look=look)), (
+                case.target_scene,
+                look,
+            )
 
 
 def test_rivals_are_the_target_with_one_fact_wrong():
-    """A missing kind of rival shows only in blurry results, where the other limits pass; so check the list."""
+    """A missing kind of rival shows only in blurry results, where the other limits pass; so check
+    the list.
+    """
     gone = Thing("red", "circle", "large", (0.2, 0.2), (0.2, 0.2))
     old = Thing("blue", "square", "small", (0.8, 0.2), (0.8, 0.2))
-    new, kept = replace(old, color="green", shape="star"), Thing("pink", "star", "large", (0.5, 0.8), (0.5, 0.8))
+    new, kept = (
+        replace(old, color="green", shape="star"),
+        Thing("pink", "star", "large", (0.5, 0.8), (0.5, 0.8)),
+    )
     source, target = Scene("gray", (gone, old, kept)), Scene("gray", (new, kept), "fog")
     listed = {picture.tobytes() for picture in rivals(source, target)}
-    wrong = [replace(target, look=None), replace(target, look="night"), with_things(target, None, gone),
-             with_things(target, new, old), with_things(target, new, None), with_things(target, kept, None)]
+    wrong = [
+        replace(target, look=None),
+        replace(target, look="night"),
+        with_things(target, None, gone),
+        with_things(target, new, old),
+        with_things(target, new, None),
+        with_things(target, kept, None),
+    ]
     for thing in (new, kept):
         changed = [replace(thing, color="black"), replace(thing, shape="square")]
         changed.append(replace(thing, size="small" if thing.size == "large" else "large"))
@@ -360,12 +456,14 @@ def test_rivals_are_the_target_with_one_fact_wrong():
 
 
 def test_judge_arithmetic():
-    """Each figure on a picture small enough to do by hand: limits mean nothing if the figures are other ones."""
+    """Each figure on a picture small enough to do by hand: limits mean nothing if the figures are
+    other ones.
+    """
     source = np.zeros((2, 16, 16, 3), np.uint8)
     target, output, rival = source.copy(), source.copy(), source.copy()
     target[:, :4, :4] = 255
-    output[:, :4, :4] = 204                       # a fifth short
-    output[1, 8:, 8:, 0] = 51                     # 64 pixels of one frame a fifth too red: a mean error of a fifteenth
+    output[:, :4, :4] = 204  # a fifth short
+    output[1, 8:, 8:, 0] = 51  # 64 pixels of one frame a fifth too red: a mean error of a fifteenth
     rival[:, :4, :2] = 255
     scores = judge(source, target, output, [rival])
     assert scores["inside"] == pytest.approx(0.2)
@@ -373,9 +471,13 @@ def test_judge_arithmetic():
     assert scores["window"] == pytest.approx(1 / 15)
     assert scores["rival"] == pytest.approx(0.2 / 0.8)
     assert scores["success"]
-    output[1, 8:, 8:] = 51                        # now a fifth in all channels: above the window's limit in one frame
+    output[1, 8:, 8:] = 51  # now a fifth in all channels: above the window's limit in one frame
     scores = judge(source, target, output)
-    assert scores["window"] == pytest.approx(0.2) and scores["outside"] < 0.03 and not scores["success"]
+    assert (
+        scores["window"] == pytest.approx(0.2)
+        and scores["outside"] < 0.03
+        and not scores["success"]
+    )
     with pytest.raises(ValueError, match="must be one shape"):
         judge(source, target, output[:1])
     with pytest.raises(ValueError, match="no edit"):
@@ -383,11 +485,15 @@ def test_judge_arithmetic():
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, FOLDER / "world.py", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, FOLDER / "world.py", *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_files_hold_exactly_the_case(tmp_path):
-    """Lossy or reordered frames, or a still clip stored as one frame, would train on other data than the seed says."""
+    """Lossy or reordered frames, or a still clip stored as one frame, would train on other data
+    than the seed says.
+    """
     world.make(tmp_path, 36, video_share=0.5, seed=3)
     lines = [json.loads(line) for line in open(tmp_path / "data.jsonl")]
     assert len(lines) == 36 and sum(line["video"] for line in lines) == 18
@@ -405,9 +511,14 @@ def test_files_hold_exactly_the_case(tmp_path):
 
 
 def test_make_takes_the_kinds_it_is_asked_for(tmp_path):
-    """Data for what a model still lacks are mixed in by this; a kind that is not known must not end in a traceback."""
+    """Data for what a model still lacks are mixed in by this; a kind that is not known must not end
+    in a traceback.
+    """
     assert run("make", tmp_path, "--count", 4, "--kinds", "ref_add", "tone").returncode == 0
-    assert [json.loads(line)["kind"] for line in open(tmp_path / "data.jsonl")] == ["ref_add", "tone"] * 2
+    assert [json.loads(line)["kind"] for line in open(tmp_path / "data.jsonl")] == [
+        "ref_add",
+        "tone",
+    ] * 2
     wrong = run("make", tmp_path / "other", "--kinds", "paint")
     assert wrong.returncode == 2 and "paint" in wrong.stderr and not (tmp_path / "other").exists()
 
@@ -434,7 +545,9 @@ def test_results_of_every_format_are_read(tmp_path):
 
 
 def test_score_table(tmp_path):
-    """The table is what is quoted: right results 100 %, wrong and missing ones 0 %, the untouched source 0 %."""
+    """The table is what is quoted: right results 100 %, wrong and missing ones 0 %, the untouched
+    source 0 %.
+    """
     data, results = tmp_path / "data", tmp_path / "results"
     world.make(data, 18, video_share=0.5)
     results.mkdir()
@@ -445,12 +558,28 @@ def test_score_table(tmp_path):
             world.write_frames(frames, results / line["id"], line["video"])
     done = run("score", data, results, "--json", tmp_path / "scores.json")
     assert done.returncode == 0, done.stderr
-    rows = {(row["kind"], row["media"]): row for row in json.loads((tmp_path / "scores.json").read_text())["rows"]}
+    rows = {
+        (row["kind"], row["media"]): row
+        for row in json.loads((tmp_path / "scores.json").read_text())["rows"]
+    }
     assert set(rows) == {(kind, media) for kind in (*KINDS, "all") for media in ("image", "clip")}
     for media in ("image", "clip"):
-        assert rows["swap", media]["result"] == {"success": 100, "inside": 0, "outside": 0, "missing": 0}
-        assert rows["color", media]["result"]["success"] == 0 and rows["color", media]["result"]["missing"] == 0
-        assert rows["add", media]["result"] == {"success": 0, "inside": None, "outside": None, "missing": 1}
+        assert rows["swap", media]["result"] == {
+            "success": 100,
+            "inside": 0,
+            "outside": 0,
+            "missing": 0,
+        }
+        assert (
+            rows["color", media]["result"]["success"] == 0
+            and rows["color", media]["result"]["missing"] == 0
+        )
+        assert rows["add", media]["result"] == {
+            "success": 0,
+            "inside": None,
+            "outside": None,
+            "missing": 1,
+        }
         assert rows["all", media]["result"]["success"] == pytest.approx(100 / 9)
         assert all(rows[kind, media]["no-op"]["success"] == 0 for kind in KINDS)
     lines = done.stdout.splitlines()
@@ -460,12 +589,16 @@ def test_score_table(tmp_path):
 
 
 def test_score_of_a_vae(tmp_path):
-    """The round trip must hand the VAE (1, 3, T, H, W) in [-1, 1] and come back to the same bytes."""
+    """The round trip must hand the VAE (1, 3, T, H, W) in [-1, 1] and return the same bytes."""
     import torch
 
     seen = []
 
-    class Identity(torch.nn.Linear):
+    class Identity(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = torch.nn.Linear(1, 1)
+
         def encode(self, video):
             assert video.shape[:2] == (1, 3) and video.shape[2] in (1, 9)
             seen.extend((video.min().item(), video.max().item()))
@@ -474,9 +607,12 @@ def test_score_of_a_vae(tmp_path):
         decode = encode
 
     world.make(tmp_path, 18, video_share=0.5)
-    scores = world.score(tmp_path, vae=Identity(1, 1))
+    scores = world.score(tmp_path, vae=Identity())
     assert -1 <= min(seen) < -0.75 and 0.75 < max(seen) <= 1
-    assert all(row["vae"] == {"success": 100, "inside": 0, "outside": 0, "missing": 0} for row in scores["rows"])
+    assert all(
+        row["vae"] == {"success": 100, "inside": 0, "outside": 0, "missing": 0}
+        for row in scores["rows"]
+    )
     assert "result" not in scores["rows"][0] and "vae" in world.table(scores)
 
 
@@ -486,12 +622,17 @@ def test_show_draws_a_sheet(tmp_path):
         done = run("show", tmp_path / "sheet.png", "--seed", 5, *extra)
         assert done.returncode == 0, done.stderr
         page = np.asarray(Image.open(tmp_path / "sheet.png"))
-        assert page.shape[0] > 600 and page.shape[1] > 1200 and (page < 200).any(axis=-1).mean() > 0.02
+        assert (
+            page.shape[0] > 600 and page.shape[1] > 1200 and (page < 200).any(axis=-1).mean() > 0.02
+        )
 
 
 def test_user_errors_are_one_line(tmp_path):
     """A traceback tells a user nothing."""
-    wrong_size, no_cases = ("make", tmp_path / "a", "--size", 60), ("make", tmp_path / "b", "--count", 0)
+    wrong_size, no_cases = (
+        ("make", tmp_path / "a", "--size", 60),
+        ("make", tmp_path / "b", "--count", 0),
+    )
     for arguments in (wrong_size, no_cases, ("score", tmp_path)):
         done = run(*arguments)
         assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ")

@@ -1,23 +1,32 @@
-"""The claims of the paper (InstructX, arXiv 2510.08485, sec. 4), tested in the world of shapes.
+"""Small experiments on the design of InstructX (arXiv 2510.08485), in the world of shapes.
 
     python weights/shapes/claims.py a --weights runs/base --out runs/claims
     python weights/shapes/claims.py table --out runs/claims
 
-    a  LoRA and a two-layer MLP, against a frozen MLLM with a large transformer as connector
-       (MetaQuery's way), and against a Q-Former, whose queries read the last hidden states of the
-       frozen MLLM
-    b  images and clips as data, against images alone
-    c  separate queries for images and for clips, against one shared set of the same number
-    d  all sampled frames shown to the MLLM, against the first frame alone; see the clips called
-       "late"
-    e  latents of the source through a copy of the patch embedding, through one that starts at
-       zero, or not at all; and noise levels logit-normal or uniform, both shifted
+Claims of the paper:
+    a         LoRA and a two-layer MLP converge faster and end higher than a frozen MLLM with a
+              large transformer as connector (MetaQuery's way), or with a Q-Former, whose queries
+              read the last hidden states of the frozen MLLM (section 3.2, Fig. 4)
+    transfer  after mixed training, kinds of edits that only the images had work on clips
+              (section 3.3, Fig. 6); here the clips have no styles and tones
+    c         separate queries for images and for clips beat one shared set (section 4.4, Fig. 9);
+              here the one set has as many queries as each of the two
+    d         all sampled frames, shown to the MLLM, beat the first frame alone (section 4.4,
+              Fig. 9); see the clips called "late"
+    quality   a short stage on clean data repairs texture (section 3.3, Fig. 5); here all targets
+              of stage 2 have the artefacts of JPEG
+Questions of our own, which the paper does not ask:
+    b         Does a model that saw images alone edit clips?
+    e         How should the latents of the source come in: through a copy of the patch embedding,
+              through one that starts at zero, or not at all? Should noise levels be logit-normal
+              or uniform before they are shifted?
 
-A claim is a few arms, which differ in what the claim is about and in nothing else. Each arm is
-trained by train.py, in stage 1 and stage 2, once for each seed. A seed decides the start of
-queries, connector and LoRA, the order of the data, all noise and the dropped instructions, and is
-the same in every arm. The learning rate is that of the baseline: it was tuned for none of the
-others. Arms that several claims share are trained once, and so is a stage 1 that is the same.
+Each is a few arms, which differ in what it is about and in nothing else. Each arm is trained by
+train.py, in stage 1 and stage 2, once for each seed; the arms of `quality` go on with a stage 3 of
+a quarter of the steps of stage 2, as in the paper. A seed decides the start of queries, connector
+and LoRA, the order of the data, all noise and the dropped instructions, and is the same in every
+arm. The learning rate is that of the baseline: it was tuned for none of the others. Arms that
+several experiments share are trained once, and so is a stage that is the same.
 
 What is unusual: clips called "late", of which nothing that the edit is about is there at first. It
 comes in after the middle, so that the first frame does not show what the instruction names. They
@@ -25,17 +34,19 @@ are part of the data of every arm.
 
 Short trainings succeed with few edits, so there are measures that say something before: the loss
 of flow matching on cases that no training sees, noise and noise levels always the same, and the
-errors that world.py's judge measures.
+errors that world.py's judge measures. Clips whose edit is a style or tone count among the clips,
+and once more as "styled".
 
 OUT/base holds the models that all arms start from, data and cache the data, ARM-SEED the runs:
-stage1, stage2, edits (the results) and results.jsonl, which is there when all of it is whole. The
-same command goes on where it was cut off. claim-a.png and claims.md show the results. The DiT that
-ships has learnt to edit already, and all arms start from that; weights as pretrain.py makes them
-show more.
+stage1, stage2, stage3, edits (the results) and results.jsonl, which is there when all of it is
+whole. The same command goes on where it was cut off. claim-a.png and claims.md show the results.
+The DiT that ships has learnt to edit already, and all arms start from that; weights made by the
+recipe in weights/shapes/README.md up to stage 1 show more.
 """
 
 import argparse
 import functools
+import io
 import json
 import math
 import os
@@ -62,26 +73,27 @@ import world
 import train
 from connector import Connector, InstructX, InstructXConfig, locate
 from dit import WanDiT
-from edit import Parser, number
+from edit import Parser, number, whole
 from mllm import Processor, Qwen2_5_VL, add_lora
 from sampler import FlowSampler
 from vae import WanVAE
 
 MEDIA = ("image", "clip", "late")
-LATE_KINDS = (
-    "swap",
-    "color",
-    "remove",
-)  # what is edited is named by words, and is there before or after
+GROUPS = ("image", "clip", "styled", "late")  # of results
+LATE_KINDS = ("swap", "color", "remove")  # name what they edit, which is there before or after
+LOOKS = ("style", "tone")  # kinds of edits
 FRAMES = 9
-REDRAWN = (
-    9 * 200000
-)  # from a seed whose edit changes nothing to another of its kind, past all that --data can reach
+# From a seed whose edit changes nothing to another of its kind, past all that --data can reach.
+REDRAWN = 9 * 200000
 LEVELS = 8  # noise levels of the validation
 CHUNK = 16  # cases that are validated at once
+JPEG_QUALITY = 5  # of the faulty targets: squares of 8x8 pixels with waves along the edges
 
 
 # The arms.
+
+
+LAYER = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
 
 
 class Transformer(InstructX):
@@ -92,21 +104,11 @@ class Transformer(InstructX):
     def __init__(self, config, mllm, processor, connector, dit, vae, trained=True):
         D, heads = config.mllm_dim, mllm.config.num_attention_heads
         with connector.image_queries.device:
-            blocks = [
-                nn.TransformerEncoderLayer(
-                    D,
-                    heads,
-                    4 * D,
-                    dropout=0.0,
-                    activation="gelu",
-                    batch_first=True,
-                    norm_first=True,
-                )
-                for _ in range(self.layers)
+            layers = [
+                nn.TransformerEncoderLayer(D, heads, 4 * D, **LAYER) for _ in range(self.layers)
             ]
-            connector.mlp = nn.Sequential(
-                *blocks, nn.LayerNorm(D), nn.Linear(D, config.context_dim)
-            )
+            last = nn.LayerNorm(D), nn.Linear(D, config.context_dim)
+            connector.mlp = nn.Sequential(*layers, *last)
         super().__init__(config, mllm, processor, connector, dit, vae, trained)
 
 
@@ -118,21 +120,11 @@ class QFormer(InstructX):
     def __init__(self, config, mllm, processor, connector, dit, vae, trained=True):
         D, heads = config.mllm_dim, mllm.config.num_attention_heads
         with connector.image_queries.device:
-            blocks = [
-                nn.TransformerDecoderLayer(
-                    D,
-                    heads,
-                    4 * D,
-                    dropout=0.0,
-                    activation="gelu",
-                    batch_first=True,
-                    norm_first=True,
-                )
-                for _ in range(self.layers)
+            layers = [
+                nn.TransformerDecoderLayer(D, heads, 4 * D, **LAYER) for _ in range(self.layers)
             ]
-            connector.mlp = nn.ModuleList(
-                [*blocks, nn.LayerNorm(D), nn.Linear(D, config.context_dim)]
-            )
+            last = nn.LayerNorm(D), nn.Linear(D, config.context_dim)
+            connector.mlp = nn.ModuleList([*layers, *last])
         super().__init__(config, mllm, processor, connector, dit, vae, trained)
 
     def context(self, inputs, is_video):
@@ -167,26 +159,31 @@ class Arm:
     label: str
     model: type = InstructX
     lora: bool = True
-    clips: bool = True  # whether stage 2 has any
+    clips: bool = True  # whether stages 2 and 3 have any
     source: str = "copy"  # how the source embedding starts; "none": zero, and not trained
     sigma: str = "logit-normal"
+    data: str = "data"  # of stage 2: "data", "plain" (no looks in clips) or "faulty" (JPEG)
+    quality: str = ""  # the data of stage 3; "": there is no stage 3
     stage1: str = "baseline"  # the arm whose stage 1 it goes on from; its own where that differs
+    stage2: str = ""  # the arm whose stage 2 it goes on from; "": its own
 
 
-ARMS = {
-    arm.name: arm
-    for arm in (
-        Arm("baseline", "baseline"),
-        Arm("transformer", "transformer", Transformer, lora=False, stage1="transformer"),
-        Arm("qformer", "Q-Former", QFormer, lora=False, stage1="qformer"),
-        Arm("oneset", "one set", OneSet),
-        Arm("images", "images alone", OneSet, clips=False),
-        Arm("first", "first frame", FirstFrame),
-        Arm("zero", "source from zero", source="zero"),
-        Arm("none", "no source", source="none"),
-        Arm("uniform", "uniform levels", sigma="uniform", stage1="uniform"),
-    )
-}
+ARMS = [
+    Arm("baseline", "baseline"),
+    Arm("transformer", "transformer", Transformer, lora=False, stage1="transformer"),
+    Arm("qformer", "Q-Former", QFormer, lora=False, stage1="qformer"),
+    Arm("oneset", "one set", OneSet),
+    Arm("images", "images alone", OneSet, clips=False),
+    Arm("first", "first frame", FirstFrame),
+    Arm("zero", "source from zero", source="zero"),
+    Arm("none", "no source", source="none"),
+    Arm("uniform", "uniform levels", sigma="uniform", stage1="uniform"),
+    Arm("withheld", "looks in images alone", data="plain"),
+    Arm("clean", "clean, then clean", quality="data", stage2="baseline"),
+    Arm("faulty", "faulty, then faulty", data="faulty", quality="faulty"),
+    Arm("repaired", "faulty, then clean", quality="data", stage2="faulty"),
+]
+ARMS = {arm.name: arm for arm in ARMS}
 
 # Images alone leave queries for clips as they were drawn, so (b) is about models with one set; the
 # baseline stands by.
@@ -195,9 +192,11 @@ CLAIMS = {
         "LoRA and a two-layer MLP against a frozen MLLM and a larger connector",
         ("baseline", "transformer", "qformer"),
     ),
-    "b": ("Images alone against images and clips", ("images", "oneset", "baseline")),
+    "transfer": ("Styles and tones in images alone, or in clips too", ("withheld", "baseline")),
     "c": ("Two sets of queries against one", ("baseline", "oneset")),
     "d": ("All sampled frames against the first", ("baseline", "first")),
+    "quality": ("A short stage on clean data after faulty ones", ("repaired", "faulty", "clean")),
+    "b": ("Images alone against images and clips", ("images", "oneset", "baseline")),
     "e": ("Latents of the source, and levels of noise", ("baseline", "zero", "none", "uniform")),
 }
 
@@ -211,60 +210,103 @@ def prepare(options):
     Raises ValueError where runs of OUT were made with other settings: they could not be compared.
     """
     base, data, file = (options.out / name for name in ("base", "data", "settings.json"))
-    settings = {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in vars(options).items()
-        if name not in ("commands", "out", "seeds", "device")
-    }
-    known = json.loads(file.read_text()) if file.exists() else settings
-    if odd := [
-        f"{name} was {known.get(name)} and is {value}"
-        for name, value in settings.items()
-        if known.get(name) != value
-    ]:
-        raise ValueError(
-            f"{options.out} holds runs with other settings: {'; '.join(odd)}; take another --out"
-        )
+    settings = {}
+    for name, value in vars(options).items():
+        if name not in ("commands", "out", "seeds", "device"):
+            settings[name] = str(value.resolve()) if isinstance(value, Path) else value
+    earlier = json.loads(file.read_text()) if file.exists() else settings
+    changes = []
+    for name, value in settings.items():
+        if earlier.get(name) != value:
+            changes.append(f"{name} was {earlier.get(name)} and is {value}")
+    if changes:
+        text = f"{options.out} holds runs with other settings: {'; '.join(changes)}"
+        raise ValueError(f"{text}; take another --out")
     if not base.exists():
         copy_base(options.weights, base)
     if not file.exists():
         file.write_text(json.dumps(settings, indent=1) + "\n")
     for media, count in zip(MEDIA, options.data):
         write_cases(data / media, [(media, count)], "train", 20)
+        if "transfer" in options.commands:
+            write_plain(data / media)
+        if "quality" in options.commands:
+            write_faulty(data / media)
     write_cases(data / "test", [*zip(MEDIA, options.test)], options.split, 30)
 
 
 def copy_base(weights, base):
     """The models without what train.py adds: no arm shall find queries or a source embedding."""
-    place, partial = locate(weights), base.with_suffix(".partial")
-    trained = not (weights / "dit").is_dir() and place["dit"].parent == place.get("instructx")
-    if trained:
-        print(
-            f"claims.py: all arms start from the DiT in {weights}, which can edit already",
-            file=sys.stderr,
-        )
+    folders, partial = locate(weights), base.with_suffix(".partial")
+    is_trained = not (weights / "dit").is_dir() and folders["dit"].parent == folders.get(
+        "instructx"
+    )
+    if is_trained:
+        text = f"all arms start from the DiT in {weights}, which can edit already"
+        print(f"claims.py: {text}", file=sys.stderr)
     shutil.rmtree(partial, ignore_errors=True)
     for name in ("mllm", "vae"):
-        shutil.copytree(place[name], partial / name)
-    dit = WanDiT.from_pretrained(place["dit"] if trained else weights / "dit", dtype=torch.float32)
-    dit.source_embedding = None
+        shutil.copytree(folders[name], partial / name)
+    released = folders["dit"] if is_trained else weights / "dit"
+    dit = WanDiT.from_pretrained(released, dtype=torch.float32)
+    dit.source_embedding, dit.config = None, replace(dit.config, source_embedding=False)
     dit.save_pretrained(partial / "dit")
     os.replace(partial, base)
 
 
-def write_cases(folder, parts, split, seed):
-    """Writes cases as world.make does, `parts` [(media, count)]; data.jsonl comes last."""
+def write_cases(folder, counts, split, seed):
+    """Writes cases as world.make does, `counts` [(media, count)]; data.jsonl comes last."""
     if (folder / "data.jsonl").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for media, count in parts:
+    for media, count in counts:
         for i in tqdm(range(count), f"{folder.name} {media}", disable=None):
             case, start = draw(media, (seed + MEDIA.index(media)) * world.SEEDS + i, split)
-            lines.append(
-                world.write_case(case, folder, f"{media}-{i:05d}") | {"media": media, "late": start}
-            )
+            styled = "-styled" if media == "clip" and case.kind in LOOKS else ""
+            line = world.write_case(case, folder, f"{media}{styled}-{i:05d}")
+            lines.append(line | {"late": start})
     write_lines(folder / "data.jsonl", lines)
+
+
+def groups_of(name):
+    """The groups that the results of a test case count in: "clip-styled-00004" -> clip, styled."""
+    return name.split("-")[:-1]
+
+
+def write_plain(folder):
+    """Writes plain.jsonl beside data.jsonl: all but clips whose edit changes the look."""
+    if (folder / "plain.jsonl").exists():
+        return
+    lines = []
+    for line in read_lines(folder / "data.jsonl"):
+        if not (line["video"] and line["target_scene"]["look"]):
+            lines.append(line)
+    write_lines(folder / "plain.jsonl", lines)
+
+
+def write_faulty(folder):
+    """Writes faulty.jsonl beside data.jsonl: the same edits, with JPEG's artefacts in the targets.
+
+    The sources stay as they are, so that the model has to add the fault.
+    """
+    if (folder / "faulty.jsonl").exists():
+        return
+    lines = read_lines(folder / "data.jsonl")
+    for line in tqdm(lines, f"{folder.name}, faulty", disable=None):
+        target = folder / line["target"]
+        frames = np.stack([through_jpeg(frame) for frame in world.read_frames(target)])
+        faulty = target.with_name(f"{target.stem}-faulty")
+        written = world.write_frames(frames, faulty, line["video"])
+        line["target"] = os.path.relpath(written, folder)
+    write_lines(folder / "faulty.jsonl", lines)
+
+
+def through_jpeg(frame):
+    """uint8 (H, W, 3) -> the same as JPEG keeps it."""
+    stream = io.BytesIO()
+    Image.fromarray(frame).save(stream, "JPEG", quality=JPEG_QUALITY)
+    return np.asarray(Image.open(stream))
 
 
 def read_lines(file):
@@ -273,59 +315,55 @@ def read_lines(file):
 
 def write_lines(file, rows):
     """JSON lines that appear whole or not at all."""
-    file.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(file.with_suffix(".partial"), file)
+    with whole(file) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def draw(media, seed, split):
     """(case, frame at which its subject comes in). Seeds in a row take all kinds in turn."""
     if media != "late":
-        case = world.sample(
-            seed, media == "clip", split, world.KINDS[seed % len(world.KINDS)], frames=FRAMES
-        )
-        seen = world.differs(
-            case.source, case.target
-        ).any()  # a black square on white looks the same in gray
-        return (case, 0) if seen else draw(media, seed + REDRAWN, split)
+        kind = world.KINDS[seed % len(world.KINDS)]
+        case = world.sample(seed, media == "clip", split, kind, frames=FRAMES)
+        # The judge refuses edits that change nothing, such as a black square on white made gray.
+        changes = world.differs(case.source, case.target).any()
+        return (case, 0) if changes else draw(media, seed + REDRAWN, split)
     kind, draft = world.draw(seed, True, split, LATE_KINDS[seed % len(LATE_KINDS)])
     start = int(np.random.default_rng([seed, 1]).integers(FRAMES // 2, FRAMES - 2))
     edited = set(draft.source.things) ^ set(draft.scene.things)
-    before = replace(
-        draft.source, things=tuple(thing for thing in draft.source.things if thing not in edited)
+    others = tuple(thing for thing in draft.source.things if thing not in edited)
+    before = world.render(replace(draft.source, things=others), frames=FRAMES)[:start]
+    source, target = (world.render(scene, frames=FRAMES) for scene in (draft.source, draft.scene))
+    case = world.Case(
+        seed=seed,
+        kind=kind,
+        split=split,
+        instruction=draft.instruction,
+        source=np.concatenate([before, source[start:]]),
+        target=np.concatenate([before, target[start:]]),
+        references=[],
+        source_scene=draft.source,
+        target_scene=draft.scene,
+        reference_scenes=[],
     )
-    before, source, target = (
-        world.render(scene, frames=FRAMES) for scene in (before, draft.source, draft.scene)
-    )
-    source, target = (
-        np.concatenate([before[:start], frames[start:]]) for frames in (source, target)
-    )
-    return world.Case(
-        seed, kind, split, draft.instruction, source, target, [], draft.source, draft.scene, []
-    ), start
+    return case, start
 
 
 # Training, by train.py.
 
 
-def fresh(kind, folder, settings, seed):
+def fresh(model_class, folder, settings, seed):
     """The models in `folder` with queries, connector and LoRA that `seed` decides."""
     mllm, dit = Qwen2_5_VL.from_pretrained(folder / "mllm"), WanDiT.from_pretrained(folder / "dit")
-    config = InstructXConfig(
-        mllm_dim=mllm.config.hidden_size, context_dim=dit.config.text_dim, **settings
-    )
+    widths = {"mllm_dim": mllm.config.hidden_size, "context_dim": dit.config.text_dim}
+    config = InstructXConfig(**widths, **settings)
+    processor = Processor.from_pretrained(folder / "mllm")
+    vae = WanVAE.from_pretrained(folder / "vae")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         connector = Connector(config).initialize()
         if config.lora_rank:
             add_lora(mllm, config.lora_rank, config.lora_alpha)
-        return kind(
-            config,
-            mllm,
-            Processor.from_pretrained(folder / "mllm"),
-            connector,
-            dit,
-            WanVAE.from_pretrained(folder / "vae"),
-        )
+        return model_class(config, mllm, processor, connector, dit, vae)
 
 
 def build(arm, args):
@@ -335,7 +373,7 @@ def build(arm, args):
     else:
         model = fresh(arm.model, args.weights, args.config, args.seed)
     train.trainable(model, args)
-    if args.stage > 1 and arm.source != "copy":
+    if args.stage == 2 and arm.source != "copy":
         nn.init.zeros_(model.dit.source_embedding.weight)
         model.dit.source_embedding.requires_grad_(arm.source == "zero")
     return model
@@ -343,95 +381,73 @@ def build(arm, args):
 
 @torch.no_grad()
 def validate(args, model, loader, held_out, step):
-    """{media: mean loss on its test cases}, for train.main, in place of its losses and pictures.
+    """{group: mean loss on its test cases}, for train.main, in place of its losses and pictures.
 
     Plain flow matching whatever is trained, over evenly spread noise levels.
     """
-    groups, losses = defaultdict(list), defaultdict(list)
+    batches, losses = defaultdict(list), defaultdict(list)
     for i, (pair, shape) in enumerate(held_out):
-        media = pair.source.name.partition("-")[0]
-        groups[media, shape if args.stage > 1 else shape[:1]].append(i)
-    for (media, _), numbers in groups.items():
+        groups = tuple(groups_of(pair.source.name))
+        batches[groups, shape if args.stage > 1 else shape[:1]].append(i)
+    for (groups, shape), numbers in batches.items():
         for start in range(0, len(numbers), CHUNK):
             chunk = numbers[start : start + CHUNK]
             pairs = [held_out[i] for i in chunk]
             samples = [loader.sample(pair, shape, pair.instruction) for pair, shape in pairs]
-            z, source, references = train.sample_latents(
-                loader.latents, samples
-            )  # (B, 16, F, h, w)
+            z, source, references = train.sample_latents(loader.latents, samples)
             generators = [torch.Generator().manual_seed(i) for i in chunk]
             noise = torch.stack([torch.randn(z.shape[1:], generator=one) for one in generators])
             levels = [(i % LEVELS + 0.5) / LEVELS for i in chunk]
             sigma, noise = torch.tensor(levels, device=z.device), noise.to(z.device)
             with train.autocast(z.device, args):
                 inputs = model.processor.collate([sample.inputs for sample in samples])
-                context = model.context(inputs, media != "image")
+                context = model.context(inputs, is_video=shape[0][0] > 1)
                 inputs = context, z, source, references, sigma, noise, FlowSampler()
-                losses[media] += train.flow_loss(model.dit, *inputs).tolist()
-    return {media: statistics.mean(values) for media, values in losses.items()}
+                values = train.flow_loss(model.dit, *inputs).tolist()
+            for group in groups:
+                losses[group] += values
+    return {group: statistics.mean(values) for group, values in losses.items()}
+
+
+def step_count(options, stage):
+    """Stage 3 takes a quarter of the steps of stage 2, as in the paper."""
+    return math.ceil(options.steps[1] / 4) if stage == 3 else options.steps[stage - 1]
 
 
 def command_line(options, arm, stage, seed, out, start=None):
-    """The arguments of train.py for one stage of an arm, as in the recipe of the weights."""
-    data = options.out / "data"
-    files = [
-        data / media / "data.jsonl" for media in (MEDIA if stage == 2 and arm.clips else MEDIA[:1])
-    ]
-    steps, images, clips = options.steps[stage - 1], options.batch[stage - 1], options.batch[2]
-    line = [
-        "--stage",
-        stage,
-        "--data",
-        *files,
-        "--weights",
-        options.out / "base",
-        "--out",
-        out,
-        "--seed",
-        seed,
-        "--cache",
-        options.out / "cache",
-        "--steps",
-        steps,
-        "--save-every",
-        100,
-        "--image-batch",
-        images,
-        "--video-batch",
-        clips,
-        "--micro-batch",
-        max(images, clips),
-        "--video-share",
-        options.video_share,
-        "--lr",
-        options.lr,
-        "--warmup",
-        20,
-        "--sigma",
-        arm.sigma,
-        "--image-shift",
-        3,
-        "--video-shift",
-        3,
-        "--device",
-        options.device,
-        "--precision",
-        options.precision,
-        "--validate",
-        data / "test" / "data.jsonl",
-        "--validate-every",
-        options.validate_every,
-    ]
-    if stage == 2:
-        line += [
-            "--change-weight",
-            3,
-            "--muon-lr",
-            20 * options.lr,
-            "--schedule",
-            "linear",
-            *(["--start", start] if start else []),
-        ]
+    """The arguments of train.py for one stage of an arm, as in weights/shapes/README.md."""
+    data = {1: "data", 2: arm.data, 3: arm.quality}[stage]
+    media = MEDIA if stage > 1 and arm.clips else MEDIA[:1]
+    images, clips = options.batch[min(stage, 2) - 1], options.batch[2]
+    values = {
+        "stage": stage,
+        "weights": options.out / "base",
+        "out": out,
+        "seed": seed,
+        "cache": options.out / "cache",
+        "steps": step_count(options, stage),
+        "save-every": 100,
+        "image-batch": images,
+        "video-batch": clips,
+        "micro-batch": max(images, clips),
+        "video-share": options.video_share,
+        "lr": options.lr,
+        "warmup": 20,
+        "sigma": arm.sigma,
+        "image-shift": 3,
+        "video-shift": 3,
+        "device": options.device,
+        "precision": options.precision,
+        "validate": options.out / "data" / "test" / "data.jsonl",
+        "validate-every": options.validate_every,
+    }
+    if stage > 1:
+        values |= {"change-weight": 3, "muon-lr": 20 * options.lr, "schedule": "linear"}
+    if start:
+        values["start"] = start
+    line = ["--data", *(options.out / "data" / name / f"{data}.jsonl" for name in media)]
+    for name, value in values.items():
+        line += [f"--{name}", value]
     if not start:
         line += [
             "--config",
@@ -448,23 +464,36 @@ def command_line(options, arm, stage, seed, out, start=None):
     return [*map(str, line)]
 
 
+def stages(options, arm, seed):
+    """What an arm needs, in order: [(stage, arm that decides how, folder, folder of its start)]."""
+    trainer = ARMS[arm.stage2 or arm.name]
+    first = options.out / f"{arm.stage1}-{seed}" / "stage1"
+    second = options.out / f"{trainer.name}-{seed}" / "stage2"
+    runs = [(1, ARMS[arm.stage1], first, None), (2, trainer, second, first / "instructx")]
+    if arm.quality:
+        third = options.out / f"{arm.name}-{seed}" / "stage3"
+        runs.append((3, arm, third, second / "instructx"))
+    return runs
+
+
+def last_stage(out, arm, seed):
+    return out / f"{arm.name}-{seed}" / ("stage3" if arm.quality else "stage2")
+
+
 def run(options, arm, seed):
     """Trains and judges an arm, as far as that is not done -> train.py's exit code if it fails."""
-    folder, first = (
-        options.out / f"{arm.name}-{seed}",
-        options.out / f"{arm.stage1}-{seed}" / "stage1",
-    )
+    folder = options.out / f"{arm.name}-{seed}"
     if (folder / "results.jsonl").exists():
         return
-    for stage, out, start in ((1, first, None), (2, folder / "stage2", first / "instructx")):
+    for stage, trainer, out, start in stages(options, arm, seed):
         if not (out / "instructx").exists():
-            trained = ARMS[arm.stage1] if stage == 1 else arm
             print(f"claims.py: {out}", file=sys.stderr)
-            line = command_line(options, trained, stage, seed, out, start)
-            if code := train.main(line, functools.partial(build, trained), validate):
+            line = command_line(options, trainer, stage, seed, out, start)
+            if code := train.main(line, functools.partial(build, trainer), validate):
                 return code
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     rows = judge(options, arm, seed, folder)
+    first = stages(options, arm, seed)[0][2]
     curve = [value for _, value in curve_of(first, "image")]
     rows[0] |= {"stage1": curve[-1], "stage1_mean": statistics.mean(curve)}
     write_lines(folder / "results.jsonl", rows)
@@ -480,13 +509,11 @@ def rivals(line, target):
 
 
 def judge(options, arm, seed, folder):
-    """Edits all test cases into `folder`/edits and judges them -> a row for each kind of media."""
-    model = arm.model.from_pretrained(
-        options.out / "base",
-        options.device,
-        torch.float32,
-        instructx=folder / "stage2" / "instructx",
-    )
+    """Edits all test cases into `folder`/edits and judges them -> a row for each group."""
+    last = last_stage(options.out, arm, seed)
+    instructx = last / "instructx"
+    base, device = options.out / "base", options.device
+    model = arm.model.from_pretrained(base, device, torch.float32, instructx=instructx)
     data, results, verdicts = options.out / "data" / "test", folder / "edits", defaultdict(list)
     results.mkdir(exist_ok=True)
     for line in tqdm(read_lines(data / "data.jsonl"), f"{folder.name} edits", disable=None):
@@ -494,61 +521,54 @@ def judge(options, arm, seed, folder):
         if world.find_result(results, line["id"]) is None:
             references = [world.read_frames(data / path)[0] for path in line["references"]]
             frames = model.edit(source, line["instruction"], references, seed=seed)
-            written = Path(
-                world.write_frames(frames, results / f"partial-{line['id']}", clip=line["video"])
-            )
+            partial = results / f"partial-{line['id']}"
+            written = Path(world.write_frames(frames, partial, clip=line["video"]))
             os.replace(written, results / written.name.removeprefix("partial-"))
         output = world.read_frames(world.find_result(results, line["id"]))
-        verdicts[line["media"]].append(world.judge(source, target, output, rivals(line, target)))
-    return [
-        {
-            "arm": arm.name,
-            "seed": seed,
-            "media": media,
-            "cases": len(found),
-            "loss": curve_of(folder / "stage2", media)[-1][1],
-            **{name: world.summary(found)[name] for name in ("success", "inside", "outside")},
-        }
-        for media, found in verdicts.items()
-    ]
+        verdict = world.judge(source, target, output, rivals(line, target))
+        for group in groups_of(line["id"]):
+            verdicts[group].append(verdict)
+    rows = []
+    for group in GROUPS:
+        if group in verdicts:
+            row = {"arm": arm.name, "seed": seed, "media": group, "cases": len(verdicts[group])}
+            row["loss"] = curve_of(last, group)[-1][1]
+            summary = world.summary(verdicts[group])
+            rows.append(row | {name: summary[name] for name in ("success", "inside", "outside")})
+    return rows
 
 
 def estimate(options, runs):
     """Prints how long all will take that is not whole yet, from a few steps of each model."""
-    whole = lambda arm, seed: (options.out / f"{arm.name}-{seed}" / "results.jsonl").exists()
-    left = [(arm, seed) for arm, seed in runs if not whole(arm, seed)]
-    stages = {
-        (ARMS[arm.stage1], seed)
-        for arm, seed in left
-        if not (options.out / f"{arm.stage1}-{seed}" / "stage1" / "instructx").exists()
-    }
+    left, training = [], {}
+    for arm, seed in runs:
+        if (options.out / f"{arm.name}-{seed}" / "results.jsonl").exists():
+            continue
+        left.append(arm)
+        for stage, trainer, out, _ in stages(options, arm, seed):
+            if not (out / "instructx").exists():
+                training[out] = stage, trainer  # once, however many arms go on from it
     if not left:
         return
-    models = {arm.model: arm for arm in [*(arm for arm, _ in left), *(arm for arm, _ in stages)]}
-    costs, seconds = {}, 0.0
+    models = {arm.model: arm for arm in [*left, *(trainer for _, trainer in training.values())]}
+    costs = {}
     for model, arm in models.items():
-        costs[model] = measure(options, replace(arm, clips=True))
-        print(
-            f"claims.py: {model.__name__}: "
-            + ", ".join(f"{name} {value:.2f} s" for name, value in costs[model].items()),
-            flush=True,
-        )
-    passes = [2 + steps // options.validate_every for steps in options.steps]
-    for arm, _ in stages:
-        cost = costs[arm.model]
-        seconds += (
-            options.steps[0] * cost["step of stage 1"] + passes[0] * cost["validation in stage 1"]
-        )
-    for arm, _ in left:
-        cost, clips = costs[arm.model], options.video_share * arm.clips
-        step = clips * cost["clip step of stage 2"] + (1 - clips) * cost["image step of stage 2"]
-        seconds += (
-            options.steps[1] * step + passes[1] * cost["validation in stage 2"] + cost["all edits"]
-        )
+        cost = costs[model] = measure(options, replace(arm, clips=True))
+        text = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in cost.items())
+        print(f"claims.py: {model.__name__}: {text}", flush=True)
+    seconds = sum(costs[arm.model]["all edits"] for arm in left)
+    for stage, trainer in training.values():
+        cost, steps = costs[trainer.model], step_count(options, stage)
+        share = options.video_share * trainer.clips
+        step = share * cost["clip step of stage 2"] + (1 - share) * cost["image step of stage 2"]
+        step = cost["step of stage 1"] if stage == 1 else step
+        validation = cost[f"validation in stage {min(stage, 2)}"]
+        seconds += steps * step + (2 + steps // options.validate_every) * validation
+    numbers = [stage for stage, _ in training.values()]
+    counts = ", ".join(f"{numbers.count(stage)} of stage {stage}" for stage in sorted({*numbers}))
+    hours = f"about {seconds / 3600:.2f} hours"
     print(
-        f"claims.py: to do: {len(stages)} of stage 1 and {len(left)} of stage 2, "
-        f"about {seconds / 3600:.2f} hours",
-        flush=True,
+        f"claims.py: to do: {counts or 'no stage'}, edits of {len(left)} runs; {hours}", flush=True
     )
 
 
@@ -565,18 +585,17 @@ def measure(options, arm):
             if train.main(line, functools.partial(build, arm), validate):
                 raise ValueError(f"a short run of {arm.name} failed")
             rows = read_lines(out / "metrics.jsonl")
-            seconds = {
-                video: [row["seconds"] for row in rows if row.get("video") is video]
-                for video in (False, True)
-            }
+            seconds = {False: [], True: []}
+            for row in rows:
+                if "video" in row:
+                    seconds[row["video"]].append(row["seconds"])
             # The quickest: latents are known by then, as they are for most of a run.
             cost["step of stage 1" if stage == 1 else "image step of stage 2"] = min(seconds[False])
             if stage == 2:
                 cost["clip step of stage 2"] = min(seconds[True])
             cost[f"validation in stage {stage}"] = rows[-1]["seconds"]
-        model = arm.model.from_pretrained(
-            options.out / "base", options.device, torch.float32, instructx=out / "instructx"
-        )
+        base, instructx = options.out / "base", out / "instructx"
+        model = arm.model.from_pretrained(base, options.device, torch.float32, instructx=instructx)
     cost["all edits"] = 0.0
     for length, count in zip((1, FRAMES, FRAMES), options.test):
         began = time.perf_counter()
@@ -588,15 +607,20 @@ def measure(options, arm):
 # What came out.
 
 
-def curve_of(folder, media):
+def curve_of(folder, group):
     """[(step, loss)] of a stage, in validation."""
-    rows = [row for row in read_lines(folder / "metrics.jsonl") if media in row.get("held_out", {})]
-    return [(row["step"], row["held_out"][media]) for row in rows]
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if group in row.get("held_out", {})]
+    return [(row["step"], row["held_out"][group]) for row in rows]
 
 
 def read_rows(out):
     """Every row of every run that is whole."""
     return [row for file in sorted(out.glob("*/results.jsonl")) for row in read_lines(file)]
+
+
+def rows_of(rows, name, group):
+    """The rows of one arm and one group, a row for each seed."""
+    return [row for row in rows if row["arm"] == name and row["media"] == group]
 
 
 COLUMNS = {
@@ -626,83 +650,64 @@ def table(claim, rows):
         "| arm | on | cases | seeds | " + " | ".join(head for head, _ in COLUMNS.values()) + " |",
         "| --- | --- | ---: | ---: |" + " ---: |" * len(COLUMNS),
     ]
-    for media in MEDIA:
+    for group in GROUPS:
         for name in names:
-            if found := [row for row in rows if row["arm"] == name and row["media"] == media]:
-                cells = [
-                    spread([row[key] for row in found if key in row], form)
-                    for key, (_, form) in COLUMNS.items()
-                ]
-                lines.append(
-                    f"| {ARMS[name].label} | {media} | {found[0]['cases']} | {len(found)} | "
-                    + " | ".join(cells)
-                    + " |"
-                )
+            arm_rows = rows_of(rows, name, group)
+            if not arm_rows:
+                continue
+            cells = [ARMS[name].label, group, str(arm_rows[0]["cases"]), str(len(arm_rows))]
+            for key, (_, form) in COLUMNS.items():
+                cells.append(spread([row[key] for row in arm_rows if key in row], form))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def compared(rows):
-    """The claims of which two arms or more have been run."""
-    return [
-        claim
-        for claim, (_, names) in CLAIMS.items()
-        if len({row["arm"] for row in rows} & {*names}) > 1
-    ]
+    """The experiments of which two arms or more have been run."""
+    names = {row["arm"] for row in rows}
+    return [claim for claim, (_, arms) in CLAIMS.items() if len(names & {*arms}) > 1]
 
 
 NOTE = (
     "Loss: flow matching on cases that no training saw, always with the same noise. Errors: as "
-    "world.py defines them; an untouched source has 1 inside and 0 outside.\n"
+    "world.py defines them; an untouched source has 1 inside and 0 outside. styled: the clips "
+    "whose edit is a style or tone.\n"
 )
 
 
 def plot(out, claim, rows):
     """Writes OUT/claim-X.png: held-out losses, mean over the seeds, and each seed's measures."""
     width, height = 400, 300
-    page = Image.new("RGB", (4 * width, 4 * height), "white")
+    names = {row["arm"] for row in rows}
+    arms = [ARMS[name] for name in CLAIMS[claim][1] if name in names]
+    groups = [group for group in GROUPS if any(rows_of(rows, arm.name, group) for arm in arms)]
+    page = Image.new("RGB", (4 * width, (1 + len(groups)) * height), "white")
     draw = ImageDraw.Draw(page)
-    seeds = {
-        name: sorted({row["seed"] for row in rows if row["arm"] == name})
-        for name in CLAIMS[claim][1]
-    }
-    arms = [ARMS[name] for name in seeds if seeds[name]]
-    curves = lambda folder_of, media: {
-        arm.label: mean_curve(
-            [curve_of(out / folder_of(arm, seed), media) for seed in seeds[arm.name]]
-        )
-        for arm in arms
-    }
-    train.panel(
-        draw,
-        (0, 0),
-        "loss on image, stage 1",
-        curves(lambda arm, seed: f"{arm.stage1}-{seed}/stage1", "image"),
-        4 * width,
-        height,
-        floor=None,
-    )
-    for i, media in enumerate(MEDIA, 1):
-        train.panel(
-            draw,
-            (0, i * height),
-            f"loss on {media}, stage 2",
-            curves(lambda arm, seed: f"{arm.name}-{seed}/stage2", media),
-            width,
-            height,
-            floor=None,
-        )
+
+    def curves(folder_of, group):
+        means = {}
+        for arm in arms:
+            seeds = sorted({row["seed"] for row in rows if row["arm"] == arm.name})
+            means[arm.label] = mean_curve([curve_of(folder_of(arm, s), group) for s in seeds])
+        return means
+
+    def first_stage(arm, seed):
+        return out / f"{arm.stage1}-{seed}" / "stage1"
+
+    losses = curves(first_stage, "image")
+    train.panel(draw, (0, 0), "loss on image, stage 1", losses, 4 * width, height, floor=None)
+    for i, group in enumerate(groups, 1):
+        losses = curves(functools.partial(last_stage, out), group)
+        title = f"loss on {group}, last stage"
+        train.panel(draw, (0, i * height), title, losses, width, height, floor=None)
         for j, key in enumerate(("success", "inside", "outside"), 1):
-            values = {
-                arm.label: [
-                    row[key] for row in rows if row["arm"] == arm.name and row["media"] == media
-                ]
-                for arm in arms
-            }
-            dots(
-                draw, (j * width, i * height), f"{COLUMNS[key][0]}, {media}", values, width, height
-            )
-    page.save(out / f"claim-{claim}.partial", format="PNG")
-    os.replace(out / f"claim-{claim}.partial", out / f"claim-{claim}.png")
+            values = {}
+            for arm in arms:
+                values[arm.label] = [row[key] for row in rows_of(rows, arm.name, group)]
+            corner, title = (j * width, i * height), f"{COLUMNS[key][0]}, {group}"
+            dots(draw, corner, title, values, width, height)
+    with whole(out / f"claim-{claim}.png") as partial:
+        page.save(partial, format="PNG")
 
 
 def mean_curve(curves):
@@ -712,136 +717,92 @@ def mean_curve(curves):
 
 def dots(draw, corner, title, columns, width, height):
     """One plot: {name: [value]}, a column of dots for each name, with a line at their mean."""
-    left, top, right, bottom = (
-        corner[0] + 70,
-        corner[1] + 40,
-        corner[0] + width - 20,
-        corner[1] + height - 40,
-    )
+    left, right = corner[0] + 70, corner[0] + width - 20
+    top, bottom = corner[1] + 40, corner[1] + height - 40
+    columns = {name: values for name, values in columns.items() if values}
     everything = [value for values in columns.values() for value in values]
     low, high = min(everything), max(everything)
-    place = lambda value: bottom - 8 - (value - low) / ((high - low) or 1) * (bottom - top - 16)
+
+    def y_of(value):
+        return bottom - 8 - (value - low) / ((high - low) or 1) * (bottom - top - 16)
+
     draw.text((left, corner[1] + 12), title, "black", font_size=16)
     for value in sorted({low, (low + high) / 2, high}):
-        draw.line((left, place(value), right, place(value)), "#dddddd")
-        draw.text((left - 8, place(value)), f"{value:.3g}", "black", anchor="rm", font_size=12)
+        y = y_of(value)
+        draw.line((left, y, right, y), "#dddddd")
+        draw.text((left - 8, y), f"{value:.3g}", "black", anchor="rm", font_size=12)
     for i, (name, values) in enumerate(columns.items()):
-        x, mean = left + (i + 0.5) * (right - left) / len(columns), place(statistics.mean(values))
-        draw.line((x - 16, mean, x + 16, mean), train.COLORS[i], 2)
+        x, y = left + (i + 0.5) * (right - left) / len(columns), y_of(statistics.mean(values))
+        draw.line((x - 16, y, x + 16, y), train.COLORS[i], 2)
         for value in values:
-            draw.ellipse(
-                (x - 4, place(value) - 4, x + 4, place(value) + 4), outline=train.COLORS[i], width=2
-            )
+            y = y_of(value)
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), outline=train.COLORS[i], width=2)
         draw.text((x, bottom + 8 + 14 * (i % 2)), name, train.COLORS[i], anchor="mt", font_size=12)
 
 
 def parse(arguments):
-    parser = Parser(
-        prog="claims.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="claims.py", description=__doc__, formatter_class=raw)
     count, share = number(int, 1, 10**6), number(float, 0.05, 0.95)
 
     def add(name, default, text, type, **more):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        parser.add_argument(
-            name, default=default, type=type, help=f"{text} (default: {shown})", **more
-        )
+        text = f"{text} (default: {shown})"
+        parser.add_argument(name, default=default, type=type, help=text, **more)
 
-    parser.add_argument(
-        "commands",
-        nargs="+",
-        choices=(*CLAIMS, "table", "plot"),
-        metavar="COMMAND",
-        help="a, b, c, d, e: run what a claim needs; table, plot: show again what there is",
-    )
+    text = f"{', '.join(CLAIMS)}: run an experiment; table, plot: show again what there is"
+    choices = (*CLAIMS, "table", "plot")
+    parser.add_argument("commands", nargs="+", choices=choices, metavar="COMMAND", help=text)
     add("--weights", HERE, "weights folder that all start from", Path)
     add("--out", Path("runs/claims"), "folder of the runs", Path)
     add("--seeds", 3, "runs of each arm", count)
-    add(
-        "--steps",
-        [400, 1000],
-        "steps of stage 1 and of stage 2",
-        count,
-        nargs=2,
-        metavar=("ONE", "TWO"),
-    )
-    add(
-        "--batch",
-        [32, 16, 4],
-        "images of a step in stage 1, images and clips of one in stage 2",
-        count,
-        nargs=3,
-        metavar=("ONE", "IMAGES", "CLIPS"),
-    )
-    add("--video-share", 0.4, "share of the steps of stage 2 that take clips", share)
-    add(
-        "--data",
-        [6000, 800, 800],
-        "images, clips and late clips to train on",
-        count,
-        nargs=3,
-        metavar=("I", "C", "L"),
-    )
-    add(
-        "--test",
-        [45, 27, 27],
-        "images, clips and late clips to validate on and to edit",
-        count,
-        nargs=3,
-        metavar=("I", "C", "L"),
-    )
-    add(
-        "--split",
-        "train",
-        "of these; heldout: combinations that training never has",
-        str,
-        choices=("train", "heldout"),
-    )
+    two = {"nargs": 2, "metavar": ("ONE", "TWO")}
+    add("--steps", [400, 1000], "steps of stage 1 and of stage 2", count, **two)
+    text = "images of a step in stage 1, images and clips of one in stages 2 and 3"
+    three = {"nargs": 3, "metavar": ("ONE", "IMAGES", "CLIPS")}
+    add("--batch", [32, 16, 4], text, count, **three)
+    add("--video-share", 0.4, "share of the steps of stages 2 and 3 that take clips", share)
+    media = {"nargs": 3, "metavar": ("I", "C", "L")}
+    add("--data", [6000, 800, 800], "images, clips and late clips to train on", count, **media)
+    text = "images, clips and late clips to validate on and to edit"
+    add("--test", [45, 27, 27], text, count, **media)
+    text = "of these; heldout: combinations that training never has"
+    add("--split", "train", text, str, choices=("train", "heldout"))
     add("--queries", 32, "in each set", count)
-    add("--lr", 1e-3, "learning rate; falls to 0 in stage 2", number(float, 0, 1))
+    add("--lr", 1e-3, "learning rate; falls to 0 in stages 2 and 3", number(float, 0, 1))
     add("--validate-every", 50, "steps between validations", count)
     add("--sampling-steps", 10, "of each edit", count)
     add("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train", str)
-    add(
-        "--precision",
-        "float32",
-        "of matrix products in training",
-        str,
-        choices=("float32", "bfloat16"),
-    )
+    text = "of matrix products in training"
+    add("--precision", "float32", text, str, choices=("float32", "bfloat16"))
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     try:
         options = parse(arguments)
-        if claims := [command for command in options.commands if command in CLAIMS]:
+        claims = [command for command in options.commands if command in CLAIMS]
+        if claims:
             prepare(options)
-            runs = [
-                (ARMS[name], seed)
-                for seed in range(options.seeds)
-                for name in dict.fromkeys(name for claim in claims for name in CLAIMS[claim][1])
-            ]
+            names = dict.fromkeys(name for claim in claims for name in CLAIMS[claim][1])
+            runs = [(ARMS[name], seed) for seed in range(options.seeds) for name in names]
             estimate(options, runs)
             for arm, seed in runs:
                 if code := run(options, arm, seed):
                     return code
         rows = read_rows(options.out)
-        known = compared(rows)
-        if not known:
+        complete = compared(rows)
+        if not complete:
             raise ValueError(f"{options.out} holds no two arms to compare; run a claim first")
-        tables = {claim: table(claim, rows) for claim in known}
-        (options.out / "claims.md").write_text("\n".join([*tables.values(), NOTE]))
-        print(
-            "\n".join(
-                tables[claim] for claim in (known if "table" in options.commands else claims)
-            ),
-            end="",
-        )
-        for claim in known if "plot" in options.commands else claims:
+        tables = {claim: table(claim, rows) for claim in complete}
+        with whole(options.out / "claims.md") as partial:
+            partial.write_text("\n".join([*tables.values(), NOTE]))
+        shown = complete if "table" in options.commands else claims
+        print("\n".join(tables[claim] for claim in shown), end="")
+        for claim in complete if "plot" in options.commands else claims:
             plot(options.out, claim, rows)
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"claims.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,28 +1,35 @@
-"""Pretrains the base models of the shapes world: what the official Qwen2.5-VL and Wan2.1 are to the full-size InstructX.
+"""Pretrains the base models of the shapes world.
+
+They are to it what the official Qwen2.5-VL and Wan2.1 are to the full-size InstructX.
 
     python weights/shapes/pretrain.py tokenizer vae decoder vision mllm dit --out runs/base
 
-Each name is one part, made in that order since each needs those before it; a part that is cut off goes on where it was.
+Each name is one part, made in that order since each needs those before it. A part that is cut off
+goes on where it was.
     tokenizer  byte-level BPE over the sentences of the world, with Qwen's special tokens
     vae        the tiny WanVAE on images and clips: L1 + KL
-    decoder    the VAE's decoder on its own, encoder and latents fixed; any time, as nothing else changes
-    refine     all of the VAE again: latents change, and what was trained on the old ones has to go on with the new
-    vision     the vision tower of the MLLM learns to name what is in each cell: read from captions alone, colors and
-               shapes stay at chance for thousands of steps
-    mllm       the tiny Qwen2.5-VL learns to see and to speak: captions, questions, and what a picture would show once an
-               instruction were carried out, each a text to write. No pixel is edited here: editing is what train.py teaches
+    decoder    the VAE's decoder on its own, encoder and latents fixed; at any time, as nothing
+               else changes
+    refine     all of the VAE again: latents change, and what was trained on the old ones has to go
+               on with the new
+    vision     the vision tower of the MLLM learns to name what is in each cell: read from captions
+               alone, colors and shapes stay at chance for thousands of steps
+    mllm       the tiny Qwen2.5-VL learns to see and to speak: captions, questions, and what a
+               picture would show once an instruction were carried out, each a text to write. No
+               pixel is edited here: editing is what train.py teaches
     instruct   the MLLM again, above all on what edits lead to, many of them of two parts
-    dit        the tiny WanDiT learns to paint from captions: flow matching, in the place of Wan's text-to-video training
+    dit        the tiny WanDiT learns to paint from captions: flow matching, in the place of Wan's
+               text-to-video training
     ship       after train.py: the files beside this script, from --out and --trained
 
-Wan reads captions through T5. Here a frozen table of random word vectors stands in for it: it carries words and no
-understanding, so whatever meaning an edit needs has to come out of the MLLM, through queries and connector.
+Wan reads captions through T5. Here a frozen table of random word vectors stands in for it. It
+carries words and no understanding, so whatever meaning an edit needs has to come out of the MLLM,
+through queries and connector.
 """
 
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -43,6 +50,7 @@ import world
 
 from connector import SYSTEM_PROMPT, InstructX
 from dit import WanDiT, WanDiTConfig
+from edit import whole
 from mllm import Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
 from sampler import FlowSampler
 from vae import (
@@ -55,26 +63,48 @@ from vae import (
     WanVAE,
 )
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-VAE = dict(dim=16, z_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(False, True))   # 4x in space, 2x in time
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+VAE = dict(  # 4x in space, 2x in time
+    dim=16,
+    z_dim=16,
+    dim_mult=(1, 2, 4),
+    num_res_blocks=1,
+    temporal_downsample=(False, True),
+)
 DIT = dict(dim=192, ffn_dim=768, num_heads=4, num_layers=6, text_dim=192)
-LOST = ("sketch", "mosaic", "gray", "negative", "fog")     # looks that suffer most in the VAE
-TEXT_LENGTH = 48        # captions are padded to this many tokens, with zeros, as Wan's are to 512
-IMAGES, CLIPS = 12000, 3000     # pictures rendered once and drawn from
-PAINTED = {"image": 12000, "clip": 3000}     # those of them that the DiT learns to paint
+LOST = ("sketch", "mosaic", "gray", "negative", "fog")  # looks that suffer most in the VAE
+TEXT_LENGTH = 48  # captions are padded to this many tokens, with zeros, as Wan's are to 512
+IMAGES, CLIPS = 12000, 3000  # pictures rendered once and drawn from
+PAINTED = {"image": 12000, "clip": 3000}  # those of them that the DiT learns to paint
 # The kinds that `instruct` draws from: what takes longest to learn most often.
-TAUGHT = ("hybrid",) * 5 + ("swap",) * 3 + ("add", "color", "remove", "ref_swap") * 2 + ("ref_add", "style", "tone")
+TAUGHT = ("hybrid",) * 5 + ("swap",) * 3 + ("add", "color", "remove", "ref_swap") * 2
+TAUGHT += ("ref_add", "style", "tone")
 
 
 def bank(out, seed=10**6):
-    """Rendered cases of the split "train": ([case], [clip case]), each source and target with its caption."""
+    """Rendered cases of the split "train", sources and targets.
+
+    Returns ({"image": uint8 (N, 1, H, W, 3), "clip": (N, T, H, W, 3)}, {"image": [caption], ...}).
+    """
     file = out / "bank.pt"
     if not file.exists():
         pictures, captions = {}, {}
         for name, count, video in (("image", IMAGES // 2, False), ("clip", CLIPS // 2, True)):
-            cases = [world.sample(seed + i, video=video) for i in tqdm(range(count), desc=f"render {name}s", disable=None)]
-            pictures[name] = torch.from_numpy(np.stack([frames for c in cases for frames in (c.source, c.target)]))
-            captions[name] = [world.caption(scene) for c in cases for scene in (c.source_scene, c.target_scene)]
+            frames, captions[name] = [], []
+            for i in tqdm(range(count), desc=f"render {name}s", disable=None):
+                case = world.sample(seed + i, video=video)
+                frames += [case.source, case.target]
+                scenes = case.source_scene, case.target_scene
+                captions[name] += [world.caption(scene) for scene in scenes]
+            pictures[name] = torch.from_numpy(np.stack(frames))
         save({"pictures": pictures, "captions": captions}, file)
     data = torch.load(file, weights_only=True, mmap=True)
     return data["pictures"], data["captions"]
@@ -83,16 +113,20 @@ def bank(out, seed=10**6):
 def save(state, file):
     """torch.save that appears whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, f"{file}.partial")
-    os.replace(f"{file}.partial", file)
+    with whole(file) as partial:
+        torch.save(state, partial)
 
 
 def fit(name, out, model, loss_of, steps, lr, matrices=(), muon_lr=0.02, minutes_between_saves=3):
-    """AdamW, and Muon for `matrices`, with warm-up and a cosine; `loss_of(step, rng)` -> (loss, figures). Everything random
-    comes from the step, so resuming is exact."""
+    """AdamW, and Muon for `matrices`, with warm-up and a cosine.
+
+    `loss_of(step, rng)` -> (loss, figures). Everything random comes from the step, so resuming is
+    exact.
+    """
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    flat = [torch.nn.Parameter(p.data.flatten(1)) for p in matrices]    # views: to Muon a convolution is a matrix too
+    # Views, since to Muon a convolution is a matrix too.
+    flat = [torch.nn.Parameter(p.data.flatten(1)) for p in matrices]
     highest = lr, muon_lr
     optimizers = [torch.optim.AdamW(others, lr=highest[0], betas=(0.9, 0.95), weight_decay=0.01)]
     optimizers += [torch.optim.Muon(flat, lr=highest[1], weight_decay=0.01)] if flat else []
@@ -106,7 +140,8 @@ def fit(name, out, model, loss_of, steps, lr, matrices=(), muon_lr=0.02, minutes
     log, recent = open(out / f"{name}.jsonl", "a"), {}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=None)
     for step in bar:
-        rate = min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = min(1, (step + 1) / 100) * (0.02 + 0.98 * cosine)
         for optimizer, peak in zip(optimizers, highest):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
@@ -128,22 +163,33 @@ def fit(name, out, model, loss_of, steps, lr, matrices=(), muon_lr=0.02, minutes
             log.flush()
             recent.clear()
         if step + 1 == steps or time.time() - saved > 60 * minutes_between_saves:
-            save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}, file)
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save({"model": model.state_dict(), "optimizers": states, "step": step + 1}, file)
             saved = time.time()
 
 
 def make_tokenizer(out, args):
-    """Byte-level BPE, so that any text can be read; Qwen's special tokens first, so that none can be learnt from text."""
+    """Byte-level BPE, so that any text can be read.
+
+    Qwen's special tokens come first, so that none can be learnt from text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [SYSTEM_PROMPT, "system\n", "user\n", "assistant\n"] * 50 + list(world.vocabulary_texts(40000, seed=3))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=640, special_tokens=list(SPECIAL), initial_alphabet=alphabet))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    texts = [SYSTEM_PROMPT, "system\n", "user\n", "assistant\n"] * 50
+    texts += world.vocabulary_texts(40000, seed=3)
+    trainer = trainers.BpeTrainer(
+        vocab_size=640,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    tokenizer.add_special_tokens(special)
     (out / "mllm").mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "mllm" / "tokenizer.json"))
-    print(f"{tokenizer.get_vocab_size()} tokens; {tokenizer.encode('replace the red circle with a blue star').tokens}")
+    example = tokenizer.encode("replace the red circle with a blue star").tokens
+    print(f"{tokenizer.get_vocab_size()} tokens; {example}")
 
 
 def to_video(pictures):
@@ -152,33 +198,47 @@ def to_video(pictures):
 
 
 def draw(pictures, rng, count):
-    """`count` of the bank's pictures, mirrored at random (captions do not hold for them: for the VAE alone)."""
+    """`count` of the bank's pictures, mirrored at random.
+
+    For the VAE alone: captions do not hold for mirrored pictures.
+    """
     chosen = pictures[torch.from_numpy(rng.integers(len(pictures), size=count))]
     axes = [axis for axis in (2, 3) if rng.random() < 0.5]
     return to_video(chosen.flip(axes) if axes else chosen)
 
 
 def paint(rng, count, video):
-    """`count` new scenes of the split "train" as draw has them. Half have a look, four in five of those one of `LOST`."""
+    """`count` new scenes of the split "train", as draw has them.
+
+    Half have a look, four in five of those one of `LOST`.
+    """
     frames = []
     while len(frames) < count:
         scene = world.draw_scene(rng, video)
-        if not any(thing.held_out() for thing in scene.things):
-            looks = (None,) if rng.random() < 0.5 else LOST if rng.random() < 0.8 else tuple(world.LOOKS)
-            frames.append(world.render(replace(scene, look=world.pick(rng, looks)), frames=9 if video else 1))
+        if any(thing.held_out() for thing in scene.things):
+            continue
+        looks = (None,)
+        if rng.random() >= 0.5:
+            looks = LOST if rng.random() < 0.8 else tuple(world.LOOKS)
+        scene = replace(scene, look=world.pick(rng, looks))
+        frames.append(world.render(scene, frames=9 if video else 1))
     return to_video(torch.from_numpy(np.stack(frames)))
 
 
 def quick_start(vae):
-    """Weights from which a VAE learns in minutes: PyTorch's own are a third as large, and every layer shrinks the signal.
+    """Weights from which a VAE learns in minutes.
 
-    Every residual branch starts at zero and so does what a convolution makes of the past: at first there are only a few
-    linear layers between picture and picture. Of two frames their mean is kept, and shown twice: right where nothing moves.
+    PyTorch's own are a third as large, and every layer shrinks the signal. Here every residual
+    branch starts at zero and so does what a convolution makes of the past: at first there are only
+    a few linear layers between picture and picture. Of two frames their mean is kept, and shown
+    twice: right where nothing moves.
     """
     for module in vae.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
-            past = isinstance(module, CausalConv3d) and module.past == 2 and module.kernel_size[1] == 3
-            torch.nn.init.normal_(module.weight, std=(module.weight[0].numel() / (3 if past else 1)) ** -0.5)
+            is_causal = isinstance(module, CausalConv3d) and module.past == 2
+            past = is_causal and module.kernel_size[1] == 3
+            inputs = module.weight[0].numel() / (3 if past else 1)
+            torch.nn.init.normal_(module.weight, std=inputs**-0.5)
             torch.nn.init.zeros_(module.bias)
             if past:
                 module.weight.data[:, :, :2] = 0
@@ -188,14 +248,16 @@ def quick_start(vae):
         elif isinstance(module, AttentionBlock):
             torch.nn.init.zeros_(module.proj.weight)
         elif isinstance(module, (Downsample, Upsample)) and module.time_conv is not None:
-            weight = module.time_conv.weight.data       # (out, in, 3, 1, 1)
+            weight = module.time_conv.weight.data  # (out, in, 3, 1, 1)
             same = torch.eye(weight.shape[1])[..., None, None]
             weight.zero_()
             if isinstance(module, Downsample):
                 weight[:, :, 1:] = 0.5 * same[:, :, None]
             else:
                 weight[:, :, 2] = same.repeat(2, 1, 1, 1)
-    vae.conv1.bias.data[vae.config.z_dim:] = -4     # log-variance: little noise until the means say something
+    vae.conv1.bias.data[
+        vae.config.z_dim :
+    ] = -4  # log-variance: little noise until the means say something
 
 
 def divergence(mean, logvar):
@@ -216,12 +278,13 @@ def make_vae(out, args):
     print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters")
 
     def loss_of(step, rng):
-        clip = step % 2 and step > args.vae_steps // 4      # what a frame looks like comes first
+        clip = step % 2 and step > args.vae_steps // 4  # what a frame looks like comes first
         video = draw(pictures["clip"], rng, 2) if clip else draw(pictures["image"], rng, 8)
         mean, logvar = vae.moments(video, chunk=2)
         output = vae.reconstruct(mean + torch.randn_like(mean) * (0.5 * logvar).exp(), chunk=2)
         kl, error = divergence(mean, logvar), output - video
-        return error.abs().mean() + error.square().mean() + args.kl * kl, {"clip" if clip else "image": psnr(error), "kl": kl}
+        loss = error.abs().mean() + error.square().mean() + args.kl * kl
+        return loss, {"clip" if clip else "image": psnr(error), "kl": kl}
 
     fit("vae", out, vae, loss_of, args.vae_steps, lr=1.5e-3)
     measure_latents(vae, [to_video(pictures["image"][:512]), to_video(pictures["clip"][:128])])
@@ -231,31 +294,41 @@ def make_vae(out, args):
 @torch.inference_mode()
 def measure_latents(vae, videos):
     """Sets the latents' statistics, as Wan's were measured on its own data."""
-    means = [torch.cat([vae.moments(part)[0] for part in video.split(16)]).transpose(0, 1).flatten(1) for video in videos]
-    values = torch.cat(means, dim=1)
+    means = []
+    for video in videos:
+        for part in video.split(16):
+            means.append(vae.moments(part)[0].transpose(0, 1).flatten(1))
+    values = torch.cat(means, dim=1)  # (16, all latents)
     vae.set_latent_statistics(values.mean(dim=1), values.std(dim=1))
 
 
 def make_decoder(out, args):
-    """More of the decoder alone: latents stay as they are, and no noise on them is left to be cautious about."""
+    """More of the decoder alone: latents stay, and no noise on them asks for caution."""
     sharpen("decoder", out, args.decoder_steps, args).save_pretrained(out / "vae")
 
 
 def make_refined(out, args):
     """More of all the VAE, with less noise on the latents than `vae` leaves."""
     vae = sharpen("refine", out, args.refine_steps, args, kl=1e-4)
-    measure_latents(vae, [paint(np.random.default_rng(0), count, video) for count, video in ((512, False), (128, True))])
+    images = paint(np.random.default_rng(0), 512, video=False)
+    clips = paint(np.random.default_rng(0), 128, video=True)
+    measure_latents(vae, [images, clips])
     vae.save_pretrained(out / "vae")
 
 
 def sharpen(name, out, steps, args, kl=None):
-    """The VAE in out/vae, trained on new pictures, half of them with a look; its encoder only where `kl` is given.
+    """The VAE in out/vae, trained on new pictures, half of them with a look.
 
-    Squares, and those of whole windows, count more than in `vae`: what is rare is far off before it is learnt.
+    Its encoder trains only where `kl` is given. Squares, and those of whole windows, count more
+    than in `vae`: what is rare is far off before it is learnt.
     """
     vae = WanVAE.from_pretrained(out / "vae").requires_grad_(kl is not None)
     vae.decoder.requires_grad_(True)
-    inner = [p for n, p in vae.named_parameters() if p.requires_grad and p.ndim > 3 and min(p.shape[:2]) > 3 and n[:5] != "conv1"]
+    inner = []  # matrices between hidden channels, for Muon
+    for parameter_name, p in vae.named_parameters():
+        is_inner = p.ndim > 3 and min(p.shape[:2]) > 3 and not parameter_name.startswith("conv1")
+        if p.requires_grad and is_inner:
+            inner.append(p)
 
     def loss_of(step, rng):
         total, figures = 0, {}
@@ -265,8 +338,10 @@ def sharpen(name, out, steps, args, kl=None):
                 mean, logvar = (part.float() for part in vae.moments(video, chunk=2))
                 noise = 0 if kl is None else torch.randn_like(mean) * (0.5 * logvar).exp()
                 error = vae.reconstruct(mean + noise, chunk=2).float() - video
-            windows = F.avg_pool2d(error.abs().mean(dim=1), world.WINDOW_SIDE, world.WINDOW_SIDE // 2)  # (B, T, h, w)
-            total = total + error.abs().mean() + 5 * error.square().mean() + 4 * windows.square().mean()
+            side = world.WINDOW_SIDE
+            windows = F.avg_pool2d(error.abs().mean(dim=1), side, side // 2)  # (B, T, h, w)
+            total = total + error.abs().mean()
+            total = total + 5 * error.square().mean() + 4 * windows.square().mean()
             if kl is not None:
                 total = total + kl * divergence(mean, logvar)
             figures[media] = psnr(error)
@@ -279,17 +354,40 @@ def sharpen(name, out, steps, args, kl=None):
 def mllm_config(tokenizer):
     """A small Qwen2.5-VL: pictures of 64x64 are 16 merged tokens of 16x16 pixels each."""
     token = tokenizer.token_to_id
-    vision = VisionConfig(depth=4, hidden_size=128, intermediate_size=320, num_heads=4, patch_size=8, window_size=32,
-                          out_hidden_size=192, fullatt_block_indexes=(1, 3), tokens_per_second=8)
+    vision = VisionConfig(
+        depth=4,
+        hidden_size=128,
+        intermediate_size=320,
+        num_heads=4,
+        patch_size=8,
+        window_size=32,
+        out_hidden_size=192,
+        fullatt_block_indexes=(1, 3),
+        tokens_per_second=8,
+    )
     return Qwen2_5_VLConfig(
-        hidden_size=192, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, intermediate_size=512,
-        vocab_size=tokenizer.get_vocab_size(), mrope_section=(8, 8, 8), rope_theta=10000.0, tie_word_embeddings=True, vision_config=vision,
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
+        hidden_size=192,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        vocab_size=tokenizer.get_vocab_size(),
+        mrope_section=(8, 8, 8),
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
 
 
 def conversation(case, rng, edit):
-    """(instruction, references, answer): one thing to say about a case, with probability `edit` what the edit would lead to."""
+    """(instruction, references, answer): one thing to say about a case.
+
+    With probability `edit` it is what the edit would lead to.
+    """
     if rng.random() < edit:
         return case.instruction, case.references, world.caption(case.target_scene)
     if rng.random() < 0.5 or case.source_scene.look:
@@ -302,34 +400,53 @@ def new_mllm(out):
     tokenizer = Tokenizer.from_file(str(out / "mllm" / "tokenizer.json"))
     torch.manual_seed(0)
     model = Qwen2_5_VL(mllm_config(tokenizer)).initialize()
-    for name, weight in model.named_parameters():   # the family's N(0, 0.02) is made for ten times the width: here every
-        if weight.ndim == 2:                        # color would get the same embedding before any of them is understood
-            layers = len(model.model.layers) if ".o_proj" in name or ".down_proj" in name else 0.5
+    # The family's N(0, 0.02) is made for ten times the width: here every color would get the same
+    # embedding before any of them is understood.
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            ends_branch = ".o_proj" in name or ".down_proj" in name
+            layers = len(model.model.layers) if ends_branch else 0.5
             torch.nn.init.normal_(weight, std=(2 * layers * weight.shape[1]) ** -0.5)
-    processor = Processor(tokenizer, patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=16 * 16, max_pixels=128 * 128)
+    processor = Processor(
+        tokenizer,
+        patch_size=8,
+        temporal_patch_size=2,
+        merge_size=2,
+        min_pixels=16 * 16,
+        max_pixels=128 * 128,
+    )
     return tokenizer, model, processor
 
 
 class Look(torch.nn.Module):
-    """The vision tower with a linear layer on all tokens of a picture at once, that says what is in each of the nine cells."""
+    """The vision tower with a linear layer that says what is in each of the nine cells.
 
-    kinds = (("small", "large"), tuple(world.COLORS), world.SHAPES)
+    The layer reads all tokens of a picture at once.
+    """
+
+    words = (("small", "large"), tuple(world.COLORS), world.SHAPES)
 
     def __init__(self, visual, tokens=16):
         super().__init__()
         self.visual = visual
-        self.read = torch.nn.Linear(tokens * visual.config.out_hidden_size, 9 * sum(len(words) + 1 for words in self.kinds))
+        self.lengths = [len(words) + 1 for words in self.words]  # the last word is "nothing"
+        self.read = torch.nn.Linear(tokens * visual.config.out_hidden_size, 9 * sum(self.lengths))
 
     def forward(self, patches, grids):
-        """-> logits of size, color and shape, each (B, 9, words + 1); the last word is "nothing"."""
-        seen = self.visual(patches, grids).unflatten(0, (len(grids), -1)).flatten(1)        # (B, tokens * D)
-        return self.read(seen).unflatten(1, (9, -1)).split([len(words) + 1 for words in self.kinds], dim=-1)
+        """-> logits of size, color and shape, each (B, 9, words + 1)."""
+        seen = (
+            self.visual(patches, grids).unflatten(0, (len(grids), -1)).flatten(1)
+        )  # (B, tokens D)
+        return self.read(seen).unflatten(1, (9, -1)).split(self.lengths, dim=-1)
 
-    def labels(self, caption):
-        """A caption of an image -> (3, 9) numbers of the words for size, color and shape in each cell."""
-        labels = torch.tensor([[len(words)] * 9 for words in self.kinds])
-        for *words, place in re.findall(r"an? (\w+) (\w+) (\w+) at the ([a-z ]+?)(?=,)", caption):
-            labels[:, world.PLACES.index(place)] = torch.tensor([kind.index(word) for kind, word in zip(self.kinds, words)])
+    @classmethod
+    def labels(cls, caption):
+        """A caption of an image -> (3, 9) numbers of the words for size, color and shape."""
+        labels = torch.tensor([[len(words)] * 9 for words in cls.words])
+        pattern = r"an? (\w+) (\w+) (\w+) at the ([a-z ]+?)(?=,)"
+        for *thing, place in re.findall(pattern, caption):
+            numbers = [words.index(word) for words, word in zip(cls.words, thing)]
+            labels[:, world.PLACES.index(place)] = torch.tensor(numbers)
         return labels
 
 
@@ -340,14 +457,18 @@ def make_vision(out, args):
 
     def loss_of(step, rng):
         chosen = rng.integers(len(pictures["image"]), size=64)
-        cut = [processor.patches([Image.fromarray(pictures["image"][i, 0].numpy())]) for i in chosen]
-        labels = torch.stack([look.labels(captions["image"][i]) for i in chosen], dim=1)    # (3, B, 9)
+        images = [Image.fromarray(pictures["image"][i, 0].numpy()) for i in chosen]
+        cut = [processor.patches([image], processor.max_pixels) for image in images]
+        labels = [look.labels(captions["image"][i]) for i in chosen]
+        labels = torch.stack(labels, dim=1)  # (3, B, 9)
         patches, grids = zip(*cut)
         logits = look(torch.cat(patches), grids)
-        there = labels[0] < 2                                                               # (B, 9)
-        names = ("size", "color", "shape")
-        right = {name: (logit.argmax(-1) == label)[there].float().mean() for name, logit, label in zip(names, logits, labels)}
-        return sum(F.cross_entropy(logit.flatten(0, 1), label.flatten()) for logit, label in zip(logits, labels)), right
+        there = labels[0] < 2  # (B, 9)
+        loss, right = 0, {}
+        for name, logit, label in zip(("size", "color", "shape"), logits, labels):
+            loss = loss + F.cross_entropy(logit.flatten(0, 1), label.flatten())
+            right[name] = (logit.argmax(-1) == label)[there].float().mean()
+        return loss, right
 
     fit("vision", out, look, loss_of, args.vision_steps, lr=1e-3)
 
@@ -356,25 +477,44 @@ def make_mllm(out, args):
     _, model, processor = new_mllm(out)
     processor.save_pretrained(out / "mllm")
     seeing = torch.load(out / "vision.state.pt", weights_only=True)["model"]
-    model.visual.load_state_dict({name.removeprefix("visual."): value for name, value in seeing.items() if name.startswith("visual.")})
+    look = Look(model.visual)
+    look.load_state_dict(seeing)  # and with it the tower of the model
     print(f"mllm: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     teach("mllm", out, model, processor, args.mllm_steps, first=10**8, edits=(0.5, 0.5), lr=1e-3)
 
 
 def make_instruct(out, args):
-    """More of the MLLM, on what edits lead to and above all those of two parts: which word belongs to which thing comes last."""
-    model, processor = Qwen2_5_VL.from_pretrained(out / "mllm", dtype=torch.float32), Processor.from_pretrained(out / "mllm")
-    matrices = [p for part in (model.model.layers, model.visual.blocks) for p in part.parameters() if p.ndim == 2]
-    # Three times these rates undo what is there: within 120 steps the loss had doubled, and after 440 it was still 1.7 times
-    # that of the start.
-    teach("instruct", out, model, processor, args.instruct_steps, first=2 * 10**8, edits=(1, 0.2), kinds=TAUGHT,
-          precision=args.precision, lr=2e-4, matrices=matrices, muon_lr=3e-3)
+    """More of the MLLM, on what edits lead to and above all those of two parts.
+
+    Which word belongs to which thing comes last.
+    """
+    model = Qwen2_5_VL.from_pretrained(out / "mllm", dtype=torch.float32)
+    processor = Processor.from_pretrained(out / "mllm")
+    towers = [*model.model.layers.parameters(), *model.visual.blocks.parameters()]
+    # Three times these rates undo what is there: within 120 steps the loss had doubled, and after
+    # 440 it was still 1.7 times that of the start.
+    rates = {"lr": 2e-4, "muon_lr": 3e-3, "matrices": [p for p in towers if p.ndim == 2]}
+    data = {"first": 2 * 10**8, "edits": (1, 0.2), "kinds": TAUGHT}
+    steps, precision = args.instruct_steps, args.precision
+    teach("instruct", out, model, processor, steps, **data, precision=precision, **rates)
 
 
-def teach(name, out, model, processor, steps, first, edits, kinds=(None,), precision="float32", **rates):
-    """Trains the MLLM to write answers about the cases of the seeds from `first` on, which are of `kinds` (None: any).
+def teach(
+    name,
+    out,
+    model,
+    processor,
+    steps,
+    first,
+    edits,
+    kinds=(None,),
+    precision="float32",
+    **rates,
+):
+    """Trains the MLLM to write answers about the cases of the seeds from `first` on.
 
-    About each case one thing is said for each of `edits`, the probability that it is what the edit leads to.
+    They are of `kinds` (None: any). About each case one thing is said for each of `edits`, the
+    probability that it is what the edit leads to.
     """
     tokenizer = processor.tokenizer
     end = tokenizer.token_to_id("<|im_end|>")
@@ -387,55 +527,68 @@ def teach(name, out, model, processor, steps, first, edits, kinds=(None,), preci
             shown = {"video": case.source, "fps": 16.0} if video else {"image": case.source[0]}
             for edit in edits:
                 instruction, references, answer = conversation(case, rng, edit)
-                rows.append(processor(instruction, references=references, system=SYSTEM_PROMPT, **shown))
+                shown |= {"references": references, "system": SYSTEM_PROMPT}
+                row = processor(instruction, **shown)
                 answers.append(tokenizer.encode(answer).ids + [end])
-                rows[-1]["input_ids"] = torch.cat([rows[-1]["input_ids"], torch.tensor([answers[-1]])], dim=1)
+                ids = row["input_ids"], torch.tensor(answers[-1:])
+                rows.append(row | {"input_ids": torch.cat(ids, dim=1)})
         inputs = processor.collate(rows)
-        # In here and not around all steps: until it is left, autocast goes on with the weights that it rounded first.
+        # In here and not around all steps: until it is left, autocast goes on with the weights that
+        # it rounded first.
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            hidden = model(**inputs).float()                                                # (B, L, D)
+            hidden = model(**inputs).float()  # (B, L, D)
         length = hidden.shape[1]
-        position = torch.arange(length) >= length - torch.tensor([[len(answer)] for answer in answers])
-        wanted = inputs["input_ids"][position]
+        lengths = torch.tensor([[len(answer)] for answer in answers])
+        position = torch.arange(length) >= length - lengths  # (B, L)
+        targets = inputs["input_ids"][position]
         states = hidden[:, :-1][position[:, 1:]]
         logits = model.lm_head(states)
-        right = (logits.argmax(-1) == wanted).float()
+        right = (logits.argmax(-1) == targets).float()
         media = "clip " if video else ""
-        return F.cross_entropy(logits, wanted), {media + "right": right.mean(), media + "color": right[torch.isin(wanted, colors)].mean()}
+        color = right[torch.isin(targets, colors)].mean()
+        return F.cross_entropy(logits, targets), {
+            f"{media}right": right.mean(),
+            f"{media}color": color,
+        }
 
     fit(name, out, model, loss_of, steps, **rates)
     model.save_pretrained(out / "mllm")
 
 
 def caption_context(tokenizer, captions, width):
-    """The stand-in for T5: (B, TEXT_LENGTH, width) random word vectors plus sinusoidal places, zeros after the end.
+    """The stand-in for T5: (B, TEXT_LENGTH, width).
 
-    To each word the others of its phrase are added, up to a comma, as T5's words know what they stand with. Words alone
-    leave it to the DiT to find out which color goes with which place, and for thousands of steps it paints anywhere.
+    Random word vectors plus sinusoidal places, zeros after the end. To each word the others of its
+    phrase are added, up to a comma, as T5's words know what they stand with. Words alone leave it
+    to the DiT to find out which color goes with which place, and for thousands of steps it paints
+    anywhere.
     """
-    table = torch.randn(tokenizer.get_vocab_size(), width, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(tokenizer.get_vocab_size(), width, generator=generator)
     [comma] = tokenizer.encode(",").ids
     place = torch.arange(TEXT_LENGTH)[:, None] / 100 ** (torch.arange(0, width, 2) / width)
     places = torch.cat([place.sin(), place.cos()], dim=1)
     context = torch.zeros(len(captions), TEXT_LENGTH, width)
     for row, caption in zip(context, captions):
         ids = torch.tensor(tokenizer.encode(caption).ids[:TEXT_LENGTH])
-        phrase = F.one_hot((ids == comma).cumsum(0)).float()                            # (words, phrases)
+        phrase = F.one_hot((ids == comma).cumsum(0)).float()  # (words, phrases)
         sums = phrase.T @ table[ids] / phrase.sum(dim=0)[:, None] ** 0.5
-        row[:len(ids)] = table[ids] + phrase @ sums + places[:len(ids)]
+        row[: len(ids)] = table[ids] + phrase @ sums + places[: len(ids)]
     return context
 
 
 @torch.inference_mode()
 def latents_of(vae, pictures):
-    return torch.cat([vae.encode(to_video(part)) for part in tqdm(pictures.split(32), desc="encode", disable=None)])
+    parts = tqdm(pictures.split(32), desc="encode", disable=None)
+    return torch.cat([vae.encode(to_video(part)) for part in parts])
 
 
 class Where(torch.nn.Module):
-    """The DiT with a linear layer that reads from the third block which frame, row and column each token stands in.
+    """The DiT with a linear layer that says in which frame, row and column each token stands.
 
-    Rotary positions say how far apart two tokens are, and not where one is: that can only be made out from the edges, across
-    noise. Left to itself the DiT still painted things anywhere after 1,500 steps; asked, it knows the places after 150.
+    The layer reads from the third block. Rotary positions say how far apart two tokens are, and not
+    where one is: that can only be made out from the edges, across noise. Left to itself the DiT
+    still painted things anywhere after 1,500 steps; asked, it knows the places after 150.
     """
 
     def __init__(self, dit, grid):
@@ -448,18 +601,25 @@ class Where(torch.nn.Module):
         """-> velocity like z, and the cross-entropy of the places."""
         velocity = self.dit(z, t, context)
         grid = self.dit.grid(z.shape)
-        labels = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij")).flatten(1)      # (3, L)
-        logits = self.read(self.x).split(self.grid, dim=-1)                                           # (B, L, length) of each axis
-        return velocity, sum(F.cross_entropy(logit.movedim(2, 1), label.expand(len(z), -1)) for logit, label in zip(logits, labels))
+        axes = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+        labels = torch.stack(axes).flatten(1)  # (3, L)
+        logits = self.read(self.x).split(self.grid, dim=-1)  # (B, L, length) of each axis
+        loss = 0
+        for logit, label in zip(logits, labels):
+            loss = loss + F.cross_entropy(logit.movedim(2, 1), label.expand(len(z), -1))
+        return velocity, loss
 
 
 def make_dit(out, args):
     pictures, captions = bank(out)
     vae = WanVAE.from_pretrained(out / "vae")
     tokenizer = Tokenizer.from_file(str(out / "mllm" / "tokenizer.json"))
-    if not (out / "latents.pt").exists():
-        save({name: latents_of(vae, value[:PAINTED[name]]) for name, value in pictures.items()}, out / "latents.pt")
-    latents = {name: value.clone() for name, value in torch.load(out / "latents.pt", weights_only=True).items()}
+    file = out / "latents.pt"
+    if not file.exists():
+        painted = {name: value[: PAINTED[name]] for name, value in pictures.items()}
+        save({name: latents_of(vae, value) for name, value in painted.items()}, file)
+    stored = torch.load(file, weights_only=True)
+    latents = {name: value.clone() for name, value in stored.items()}
     torch.manual_seed(0)
     dit = WanDiT(WanDiTConfig(**DIT)).initialize()
     print(f"dit: {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters")
@@ -477,7 +637,8 @@ def make_dit(out, args):
         loss = F.mse_loss(velocity, sampler.target(x, noise))
         return loss + 0.2 * places, {name: loss, "places": places}
 
-    fit("dit", out, where, loss_of, args.dit_steps, lr=1e-3, matrices=[p for p in dit.blocks.parameters() if p.ndim == 2])
+    matrices = [p for p in dit.blocks.parameters() if p.ndim == 2]
+    fit("dit", out, where, loss_of, args.dit_steps, lr=1e-3, matrices=matrices)
     dit.save_pretrained(out / "dit")
 
 
@@ -490,14 +651,25 @@ def ship(out, args):
     model.vae.save_pretrained(HERE / "vae")
 
 
-PARTS = {"tokenizer": make_tokenizer, "vae": make_vae, "decoder": make_decoder, "refine": make_refined, "vision": make_vision,
-         "mllm": make_mllm, "instruct": make_instruct, "dit": make_dit, "ship": ship}
+PARTS = {
+    "tokenizer": make_tokenizer,
+    "vae": make_vae,
+    "decoder": make_decoder,
+    "refine": make_refined,
+    "vision": make_vision,
+    "mllm": make_mllm,
+    "instruct": make_instruct,
+    "dit": make_dit,
+    "ship": ship,
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    parser.add_argument("--out", type=Path, default=Path("runs/base"), help="folder for mllm/, vae/, dit/ and all states")
+    text = "folder for mllm/, vae/, dit/ and all states"
+    parser.add_argument("--out", type=Path, default=Path("runs/base"), help=text)
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--refine-steps", type=int, default=2400)
@@ -505,8 +677,11 @@ def main():
     parser.add_argument("--mllm-steps", type=int, default=6000)
     parser.add_argument("--instruct-steps", type=int, default=3600)
     parser.add_argument("--dit-steps", type=int, default=3000)
-    parser.add_argument("--trained", type=Path, default=Path("runs/stage3/instructx"), help="for ship: what train.py wrote")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of decoder, refine and instruct")
+    text = "for ship: what train.py wrote"
+    trained = Path("runs/stage3/instructx")
+    parser.add_argument("--trained", type=Path, default=trained, help=text)
+    choices, text = ("float32", "bfloat16"), "of decoder, refine and instruct"
+    parser.add_argument("--precision", choices=choices, default="float32", help=text)
     parser.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term of the VAE")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -998,10 +998,10 @@ def table(scores):
     ]
     number = lambda value: "      - " if value is None else f"{value:8.3f}"
     for row in scores["rows"]:
-        cells = [
-            f" | {row[name]['success']:6.1f}%{number(row[name]['inside'])} {number(row[name]['outside'])}"
-            for name in columns
-        ]
+        cells = []
+        for name in columns:
+            inside, outside = number(row[name]["inside"]), number(row[name]["outside"])
+            cells.append(f" | {row[name]['success']:6.1f}%{inside} {outside}")
         lines.append(f"{row['kind']:<9}{row['media']:<6}{row['n']:>4}" + "".join(cells))
     missing = sum(
         row["result"]["missing"]
