@@ -32,9 +32,21 @@ from mllm import Processor, Qwen2_5_VL, Qwen2_5_VLConfig
 from vae import WanVAE
 
 SPECIAL_TOKENS = (  # in the order of their ids
-    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start",
-    "box_end", "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad",
-    "video_pad")
+    "endoftext",
+    "im_start",
+    "im_end",
+    "object_ref_start",
+    "object_ref_end",
+    "box_start",
+    "box_end",
+    "quad_start",
+    "quad_end",
+    "vision_start",
+    "vision_end",
+    "vision_pad",
+    "image_pad",
+    "video_pad",
+)
 FIRST_SPECIAL_ID = 151643
 WAN_SHARDS = {"1.3B": 1, "14B": 6}
 MANIFESTS = Path(__file__).resolve().parent / "manifests"
@@ -123,11 +135,23 @@ def write_wan(folder, size, dtype):
     preset = PRESETS[size]
     entries = shapes(lambda: WanDiT(preset))
     write_shards(folder, "diffusion_pytorch_model", entries, dtype, WAN_SHARDS[size])
-    write_config(folder, {
-        "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": preset.dim, "eps": 1e-06,
-        "ffn_dim": preset.ffn_dim, "freq_dim": 256, "in_dim": 16, "model_type": "t2v",
-        "out_dim": 16, "num_heads": preset.num_heads, "num_layers": preset.num_layers,
-        "text_len": 512})
+    write_config(
+        folder,
+        {
+            "_class_name": "WanModel",
+            "_diffusers_version": "0.30.0",
+            "dim": preset.dim,
+            "eps": 1e-06,
+            "ffn_dim": preset.ffn_dim,
+            "freq_dim": 256,
+            "in_dim": 16,
+            "model_type": "t2v",
+            "out_dim": 16,
+            "num_heads": preset.num_heads,
+            "num_layers": preset.num_layers,
+            "text_len": 512,
+        },
+    )
 
 
 def released(file, *names):
@@ -160,18 +184,41 @@ def write_kiwi(folder):
     write_shards(encoder, "model", released("qwen2.5_vl_3b.json"), bfloat16, 2)
     Processor(tokenizer()).save_pretrained(processor)
     (processor / "qwen_config.json").write_text(json.dumps(Qwen2_5_VLConfig().to_dict()))
-    write_config(folder / "transformer", {
-        "_class_name": "WanTransformer3DModel", "attention_head_dim": 128, "eps": 1e-06,
-        "cross_attn_norm": True, "ffn_dim": 14336, "freq_dim": 256, "in_channels": 48,
-        "num_attention_heads": 24, "num_layers": 30, "out_channels": 48, "patch_size": [1, 2, 2],
-        "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024, "text_dim": 4096})
+    write_config(
+        folder / "transformer",
+        {
+            "_class_name": "WanTransformer3DModel",
+            "attention_head_dim": 128,
+            "eps": 1e-06,
+            "cross_attn_norm": True,
+            "ffn_dim": 14336,
+            "freq_dim": 256,
+            "in_channels": 48,
+            "num_attention_heads": 24,
+            "num_layers": 30,
+            "out_channels": 48,
+            "patch_size": [1, 2, 2],
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 1024,
+            "text_dim": 4096,
+        },
+    )
     write_config(folder / "vae", {"_class_name": "VAE", "dim": 160, "z_dim": 48})
     for name in ("source_embedder", "ref_embedder"):
         write_config(folder / name, {"in_dim": 48, "dim": 3072, "ref_pad_first": False})
-    write_config(encoder, {
-        "_class_name": "MLLMEncoder", "dit_dim": 3072, "hidden_size": 2048, "max_frames": 16,
-        "max_pixels_per_frame": 262144, "num_image_queries": 256, "num_video_queries": 512,
-        "num_ref_queries": 768})
+    write_config(
+        encoder,
+        {
+            "_class_name": "MLLMEncoder",
+            "dit_dim": 3072,
+            "hidden_size": 2048,
+            "max_frames": 16,
+            "max_pixels_per_frame": 262144,
+            "num_image_queries": 256,
+            "num_video_queries": 512,
+            "num_ref_queries": 768,
+        },
+    )
 
 
 def write_config(folder, config):
@@ -183,7 +230,8 @@ def write_config(folder, config):
 def main():
     """See the top of the file."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("folder", type=Path, help="where the checkpoints go, one folder for each size of the DiT")
     add("photo", type=Path, help="the image to edit")

@@ -762,10 +762,10 @@ def test_a_reference_that_the_weights_cannot_take(weights, media, tmp_path, caps
     """An edit that forgets the hat without a word."""
     words = [media / "photo.png", INSTRUCTION, "-o", tmp_path / "out.png", "--steps", 1]
     words += ["--weights", weights["instruct-only"], "--ref", media / "hat.png"]
-    assert "these weights take none" in refused(words, capsys)
+    assert "these weights take at most 0" in refused(words, capsys)
     words[-3] = weights["instruct-reference"]
     words += ["--ref", media / "hat.png"]
-    assert "at most 1" in refused(words, capsys)
+    assert "these weights take at most 1" in refused(words, capsys)
     assert not list(tmp_path.iterdir())
 
 

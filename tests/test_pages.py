@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -120,42 +121,47 @@ def test_the_map_names_what_exists():
             assert not name or name in attributes, f"{row[3]}: {name}"
 
 
-def gigabytes(count, size):
-    return f"{count * size / 1e9:.2f}"
-
-
 def test_figures_of_the_readme():
-    """What the tables say of sizes, computed from the models."""
+    """What the pages say of sizes, computed from the models."""
     count = lambda model: sum(p.numel() for p in model.parameters())
-    with torch.device("meta"):
-        mllm, connector, codec = (
-            Qwen2_5_VL(),
-            Connector(InstructXConfig()),
-            vae.WanVAE(vae.PRESETS["wan2.1"]),
-        )
-        dits = {name: dit.WanDiT(dit.PRESETS[name]) for name in ("1.3B", "14B")}
-        before = count(mllm)
-        add_lora(mllm)
-    ours = count(mllm) - before + count(connector)
-    rows = {
-        "Qwen2.5-VL-3B": [f"{before:,}", gigabytes(before, 2)],
-        "queries, connector, LoRA": [f"{ours:,}", gigabytes(ours, 2)],
-        "Wan2.1 VAE, in float32": [f"{count(codec):,}", gigabytes(count(codec), 4)],
-    }
-    sums = {}
-    for name, model in dits.items():
-        exact = sum(p.numel() for key, p in model.named_parameters() if dit.FLOAT32.search(key))
-        loaded = 2 * count(model) + 2 * exact  # bytes: what is kept in float32 has two more
-        rows[f"Wan2.1 DiT {name}"] = [f"{count(model):,}", gigabytes(loaded, 1)]
-        sums[name] = (2 * before + 2 * ours + loaded + 4 * count(codec)) / 1e9
-    rows["together with the 1.3B / the 14B"] = [f"{sums['1.3B']:.2f} / {sums['14B']:.2f}"]
-    for name, figures in rows.items():
-        line = next(line for line in README.splitlines() if line.startswith(f"| {name} |"))
-        assert all(f" {figure}" in line for figure in figures), (line, figures)
-    for name in dits:
+    rows, sums = {}, []
+    for name, wan, own in (
+        ("1.3B", "Wan2.1", "queries, connector, LoRA"),
+        ("14B", "Wan2.1", "queries, connector, LoRA"),
+        ("5B", "Wan2.2", "queries and connectors of Kiwi-Edit"),
+    ):
+        mllm, connector, codec, model = parts_of(name)
+        lora = sum(p.numel() for key, p in mllm.named_parameters() if "lora_" in key)
+        sizes = {  # parameters and bytes
+            "Qwen2.5-VL-3B": (count(mllm) - lora, 2 * (count(mllm) - lora)),
+            own: (count(connector) + lora, 2 * (count(connector) + lora)),
+            f"{wan} DiT {name}": (count(model), bytes_of(model)),
+            f"{wan} VAE, in float32": (count(codec), 4 * count(codec)),
+        }
+        rows |= {part: f"| {n:,} | {size / 1e9:.2f} |" for part, (n, size) in sizes.items()}
+        sums.append(f"{sum(size for _, size in sizes.values()) / 1e9:.2f}")
+    rows["together with the 1.3B, the 14B, Kiwi-Edit"] = f"| | {', '.join(sums)} |"
+    for part, figures in rows.items():
+        assert f"| {part} {figures}" in TESTS_PAGE, (part, figures)
+    for name in ("1.3B", "14B"):
         tokens = 21 * 30 * 52
         flop = dit.step_flops(dit.PRESETS[name], tokens, 512)
         assert f"{tokens:,} tokens" in TESTS_PAGE and f"{flop / 1e12:,.0f} TFLOP" in TESTS_PAGE
+
+
+def test_download_of_kiwi_edit():
+    """The size of its files, from the names and shapes of their tensors."""
+    read = lambda file: json.loads((TOP / "tests" / "manifests" / file).read_text())
+    wan, kiwi = read("wan2.2_ti2v_5b.json"), read("kiwi_edit_5b.json")
+    qwen = read("qwen2.5_vl_3b.json")["parameters"]
+    own = sum(entry["parameters"] for name, entry in kiwi.items() if name != "note")
+    dit_size, vae_size = (wan[name]["parameters"] for name in ("dit, diffusers", "vae, official"))
+    total = 2 * (dit_size + qwen + own) + 4 * vae_size  # bfloat16, but for the VAE
+    assert f"[{total / 1e9:.2f} GB]" in README
+    page = (TOP / "weights" / "README.md").read_text()
+    assert f"{total:,} bytes" in page
+    for size in (2 * dit_size, 2 * qwen, 4 * vae_size):
+        assert f"| {size / 1e9:.2f} |" in page
 
 
 class Live(TorchDispatchMode):
