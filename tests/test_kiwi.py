@@ -486,6 +486,22 @@ def test_the_vae_equals_diffusers(names, frames, vaes, libraries):
         assert error(vaes[names].decode(z, chunk=chunk), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("frames", [1, 9])
+def test_other_sizes_of_the_vae_equal_diffusers(frames, libraries, tmp_path):
+    """In the released sizes the copies of a frame are alike, so that their order is not seen."""
+    sizes = dict(num_res_blocks=1, temperal_downsample=[True, False, True])
+    theirs = released_vae(libraries.diffusers, **sizes)
+    randomize(theirs, torch.Generator().manual_seed(2)).save_pretrained(tmp_path)
+    ours, (mean, std) = WanVAE.from_pretrained(tmp_path), libraries.statistics()
+    video = noise(1, 3, frames, 32, 48).clamp(-1, 1)
+    with torch.no_grad():
+        z = (theirs.encode(video).latent_dist.mode() - mean) / std
+        expected = theirs.decode(z * std + mean).sample
+    for chunk in (1, 2):
+        assert error(ours.encode(video, chunk=chunk), z) < TOLERANCE
+        assert error(ours.decode(z, chunk=chunk), expected) < TOLERANCE
+
+
 def test_tiles_of_the_vae_are_those_of_diffusers(libraries):
     """Strides are 16 here: tiles cut by Wan2.1's 8 would shift or blend wrongly."""
     ours = WanVAE(VAEConfig(**vae_settings(libraries.vae)))
