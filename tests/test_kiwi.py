@@ -30,7 +30,7 @@ import train
 import vae as vae_module
 from connector import InstructX, locate
 from dit import WanDiT, WanDiTConfig
-from mllm import PRESETS, Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
+from mllm import PRESETS, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
 from vae import VAEConfig, WanVAE
 
 TOLERANCE = 2e-5
@@ -509,15 +509,18 @@ def test_tiles_of_the_vae_are_those_of_diffusers(libraries):
     connector.tile(ours, 64)
     video, (mean, std) = noise(1, 3, 5, 64, 96).clamp(-1, 1), libraries.statistics()
     with torch.no_grad():
-        tiles = [libraries.vae.encode(video[..., left : left + 64]).latent_dist.mode()
-                 for left in (0, 32)]  # fmt: skip
+        tiles = [
+            libraries.vae.encode(video[..., left : left + 64]).latent_dist.mode()
+            for left in (0, 32)
+        ]
         z = torch.zeros(1, LATENTS, 2, 4, 6)
         z[..., :4] += tiles[0]
         z[..., 2:] += tiles[1]
         z[..., 2:4] /= 2  # both tiles see these
         z = (z - mean) / std
-        tiles = [libraries.vae.decode((z * std + mean)[..., left : left + 4]).sample
-                 for left in (0, 2)]  # fmt: skip
+        tiles = [
+            libraries.vae.decode((z * std + mean)[..., left : left + 4]).sample for left in (0, 2)
+        ]
     ramp = (torch.arange(64) + 1).clamp(max=16) / 16  # over a quarter of a tile
     fade = torch.minimum(ramp, ramp.flip(0))
     total, weight = torch.zeros(1, 3, 5, 64, 96), torch.zeros(96)
