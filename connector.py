@@ -390,10 +390,10 @@ class InstructX(nn.Module):
         dit = WanDiT.from_pretrained(folders["dit"], device, dtype, blocks=dit_blocks)
         vae = WanVAE.from_pretrained(folders["vae"], device)
         processor = Processor.from_pretrained(folders.get("processor", folders["mllm"]))
-        kiwi_file = folders["mllm"] / KIWI_FILE
+        is_kiwi = "mllm_config" in folders
         if "instructx" in folders:
             config = read_config(folders["instructx"] / "config.json")
-        elif kiwi_file.is_file():
+        elif is_kiwi:
             config = read_kiwi_config(folders["mllm"])
         else:
             model = cls.untrained(mllm, processor, dit, vae, **settings)
@@ -404,14 +404,17 @@ class InstructX(nn.Module):
                 with torch.device("meta"):
                     connector = Connector(config)
             except (RuntimeError, TypeError, OverflowError) as error:
-                raise ValueError(f"{folders['instructx']}: {str(error)[:200]}") from None
+                origin = folders.get("instructx", folders["mllm"])
+                raise ValueError(f"{origin}: {str(error)[:200]}") from None
             if config.lora_rank:
                 add_lora(mllm, config.lora_rank, config.lora_alpha)
             model = cls(config, mllm, processor, connector, dit, vae)
             if "instructx" in folders:
                 model.load(folders["instructx"] / "model.safetensors", device, dtype)
             else:
-                model.load_kiwi(kiwi_file, device, dtype)
+                model.load_kiwi(folders["mllm"] / KIWI_FILE, device, dtype)
+            if is_kiwi and dit.source_embedding is None:  # training writes them into the DiT
+                model.load_kiwi_embeddings(folders["mllm"].parent, device, dtype)
         read_dit = partial(dit_block, folders["dit"], dtype)
         if quantize is not None:
             quantize_blocks(model.dit, read_dit, device)
@@ -456,7 +459,7 @@ class InstructX(nn.Module):
             raise ValueError(f"{file}: {' '.join(str(error).split())[:600]}") from None
 
     def load_kiwi(self, file, device="cpu", dtype=None):
-        """Fills connector and embeddings from Kiwi-Edit's files. ValueError unless they fit."""
+        """Fills the connector from Kiwi-Edit's own file. ValueError unless every tensor fits."""
         tensors = {}
         for name, tensor in read_safetensors(file, device, dtype).items():
             for theirs, ours in KIWI_NAMES.items():
@@ -465,22 +468,28 @@ class InstructX(nn.Module):
                     break
             tensors[name] = tensor
         load_strictly(self.connector, tensors, file)
-        flags = {"source_embedding": True, "source_bias": True, "source_scaled": True}
-        for name, embedding in (("source", "source_embedding"), ("ref", "reference_embedding")):
-            folder = file.parent.parent / f"{name}_embedder"
-            weights = folder / KIWI_FILE
+
+    def load_kiwi_embeddings(self, folder, device="cpu", dtype=None):
+        """Gives the DiT its embeddings of source and reference, from Kiwi-Edit's folder.
+
+        Raises FileNotFoundError where one is missing, ValueError where it does not fit.
+        """
+        flags = {"source_bias": True, "source_scaled": True}
+        for name, pictures in (("source", "source"), ("ref", "reference")):
             if name == "ref" and not self.config.reference_queries:
                 continue  # the variant that takes no reference
-            if not weights.is_file():
-                raise FileNotFoundError(f"{weights} is missing; the DiT sees the {name} by it")
-            flags["references_first"] = bool(read_json(folder / "config.json").get("ref_pad_first"))
-            flags[embedding] = True
+            place = folder / f"{name}_embedder"
+            for file in (place / KIWI_FILE, place / "config.json"):
+                if not file.is_file():
+                    raise FileNotFoundError(f"{file} is missing; the DiT sees the {pictures} by it")
             with torch.device("meta"):
-                module = PatchEmbedding(self.dit.config)
-            tensors = read_safetensors(weights, device, dtype)
+                embedding = PatchEmbedding(self.dit.config)
+            tensors = read_safetensors(place / KIWI_FILE, device, dtype)
             tensors = {n.removeprefix("patch_embedding."): t for n, t in tensors.items()}
-            load_strictly(module, tensors, weights)
-            setattr(self.dit, embedding, module)
+            load_strictly(embedding, tensors, place / KIWI_FILE)
+            setattr(self.dit, f"{pictures}_embedding", embedding)
+            flags[f"{pictures}_embedding"] = True
+            flags["references_first"] = bool(read_json(place / "config.json").get("ref_pad_first"))
         self.dit.config = replace(self.dit.config, **flags)
 
     def save_pretrained(self, folder, dit=False, mllm=False, dtype=None):
@@ -536,11 +545,12 @@ KIWI_SYSTEM += " in detail based on instruction in your own words."
 
 def read_kiwi_config(folder):
     """InstructXConfig of Kiwi-Edit (github.com/showlab/Kiwi-Edit), from its mllm_encoder/."""
-    raw = read_json(folder / "config.json")
+    file = folder / "config.json"
+    raw = read_json(file)
     try:
         with safe_open(folder / KIWI_FILE, "pt") as stored:
             takes_reference = "ref_queries" in stored.keys()
-        return InstructXConfig(
+        config = InstructXConfig(
             mllm_dim=raw["hidden_size"],
             hidden_dim=raw["dit_dim"],
             context_dim=raw["dit_dim"],
@@ -566,6 +576,8 @@ def read_kiwi_config(folder):
         )
     except (KeyError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder} is no mllm_encoder of Kiwi-Edit: {error!r}") from None
+    check_types(config, file)
+    return config
 
 
 def check_frames(frames):
@@ -656,7 +668,8 @@ CLASSES = {
     "WanModel": "dit",
     "WanTransformer3DModel": "dit",
     "AutoencoderKLWan": "vae",
-    "MLLMEncoder": "mllm",  # of Kiwi-Edit, whose other folders are found as the released ones are
+    "VAE": "vae",  # of Kiwi-Edit, like the next
+    "MLLMEncoder": "mllm",
     "InstructX": "instructx",
 }
 
@@ -702,18 +715,21 @@ def locate(folder, instructx=None):
         trained = folders.get("instructx", folder / "instructx") / model
         if trained.is_dir():
             folders[model] = trained
-    for model, name in (("mllm", "Qwen2.5-VL"), ("dit", "the DiT"), ("vae", "the VAE of Wan2.1")):
+    for model, name in (("mllm", "Qwen2.5-VL"), ("dit", "the DiT"), ("vae", "Wan's VAE")):
         if model not in folders:
             raise FileNotFoundError(
                 f"{folder} holds no {model}/ with {name} (see weights/README.md)"
             )
-    if (folders["mllm"] / KIWI_FILE).is_file():
+    encoder_config = folders["mllm"] / "config.json"
+    if encoder_config.is_file() and read_json(encoder_config).get("_class_name") == "MLLMEncoder":
         folders["processor"] = folders["mllm"].parent / "processor"
         folders["mllm_config"] = folders["processor"] / "qwen_config.json"
-        if not folders["mllm_config"].is_file():
-            raise FileNotFoundError(
-                f"{folders['mllm_config']} is missing; it says which Qwen2.5-VL Kiwi-Edit has"
-            )
+        for file, purpose in (
+            (folders["mllm"] / KIWI_FILE, "it holds Kiwi-Edit's queries and connector"),
+            (folders["mllm_config"], "it says which Qwen2.5-VL Kiwi-Edit has"),
+        ):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing; {purpose}")
     return folders
 
 

@@ -1067,6 +1067,9 @@ def config_to_dict(config):
     """See Qwen2_5_VLConfig.to_dict."""
     raw = asdict(config)
     raw["rope_scaling"] = {"type": "mrope", "mrope_section": list(raw.pop("mrope_section"))}
+    vision = raw["vision_config"]
+    if vision["tokens_per_second"] == int(vision["tokens_per_second"]):
+        vision["tokens_per_second"] = int(vision["tokens_per_second"])  # 5.x takes no 2.0
     raw |= {"model_type": "qwen2_5_vl", "hidden_act": "silu"}
     return raw | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
 

@@ -604,6 +604,8 @@ def read_config(file, released=VAEConfig()):
         return released
     if raw.get("attn_scales"):
         raise ValueError(f"{file} has attn_scales, which the VAEs of Wan2.1 and Wan2.2 have not")
+    if raw.get("z_dim") == PRESETS["wan2.2"].z_dim:
+        released = PRESETS["wan2.2"]
     settings = {}
     for key, value in raw.items():
         name = CONFIG_KEYS.get(key, key)

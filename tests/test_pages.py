@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -120,42 +121,47 @@ def test_the_map_names_what_exists():
             assert not name or name in attributes, f"{row[3]}: {name}"
 
 
-def gigabytes(count, size):
-    return f"{count * size / 1e9:.2f}"
-
-
 def test_figures_of_the_readme():
-    """What the tables say of sizes, computed from the models."""
+    """What the pages say of sizes, computed from the models."""
     count = lambda model: sum(p.numel() for p in model.parameters())
-    with torch.device("meta"):
-        mllm, connector, codec = (
-            Qwen2_5_VL(),
-            Connector(InstructXConfig()),
-            vae.WanVAE(vae.PRESETS["wan2.1"]),
-        )
-        dits = {name: dit.WanDiT(dit.PRESETS[name]) for name in ("1.3B", "14B")}
-        before = count(mllm)
-        add_lora(mllm)
-    ours = count(mllm) - before + count(connector)
-    rows = {
-        "Qwen2.5-VL-3B": [f"{before:,}", gigabytes(before, 2)],
-        "queries, connector, LoRA": [f"{ours:,}", gigabytes(ours, 2)],
-        "Wan2.1 VAE, in float32": [f"{count(codec):,}", gigabytes(count(codec), 4)],
-    }
-    sums = {}
-    for name, model in dits.items():
-        exact = sum(p.numel() for key, p in model.named_parameters() if dit.FLOAT32.search(key))
-        loaded = 2 * count(model) + 2 * exact  # bytes: what is kept in float32 has two more
-        rows[f"Wan2.1 DiT {name}"] = [f"{count(model):,}", gigabytes(loaded, 1)]
-        sums[name] = (2 * before + 2 * ours + loaded + 4 * count(codec)) / 1e9
-    rows["together with the 1.3B / the 14B"] = [f"{sums['1.3B']:.2f} / {sums['14B']:.2f}"]
-    for name, figures in rows.items():
-        line = next(line for line in README.splitlines() if line.startswith(f"| {name} |"))
-        assert all(f" {figure}" in line for figure in figures), (line, figures)
-    for name in dits:
+    rows, sums = {}, []
+    for name, wan, own in (
+        ("1.3B", "Wan2.1", "queries, connector, LoRA"),
+        ("14B", "Wan2.1", "queries, connector, LoRA"),
+        ("5B", "Wan2.2", "queries and connectors of Kiwi-Edit"),
+    ):
+        mllm, connector, codec, model = parts_of(name)
+        lora = sum(p.numel() for key, p in mllm.named_parameters() if "lora_" in key)
+        sizes = {  # parameters and bytes
+            "Qwen2.5-VL-3B": (count(mllm) - lora, 2 * (count(mllm) - lora)),
+            own: (count(connector) + lora, 2 * (count(connector) + lora)),
+            f"{wan} DiT {name}": (count(model), bytes_of(model)),
+            f"{wan} VAE, in float32": (count(codec), 4 * count(codec)),
+        }
+        rows |= {part: f"| {n:,} | {size / 1e9:.2f} |" for part, (n, size) in sizes.items()}
+        sums.append(f"{sum(size for _, size in sizes.values()) / 1e9:.2f}")
+    rows["together with the 1.3B, the 14B, Kiwi-Edit"] = f"| | {', '.join(sums)} |"
+    for part, figures in rows.items():
+        assert f"| {part} {figures}" in TESTS_PAGE, (part, figures)
+    for name in ("1.3B", "14B"):
         tokens = 21 * 30 * 52
         flop = dit.step_flops(dit.PRESETS[name], tokens, 512)
         assert f"{tokens:,} tokens" in TESTS_PAGE and f"{flop / 1e12:,.0f} TFLOP" in TESTS_PAGE
+
+
+def test_download_of_kiwi_edit():
+    """The size of its files, from the names and shapes of their tensors."""
+    read = lambda file: json.loads((TOP / "tests" / "manifests" / file).read_text())
+    wan, kiwi = read("wan2.2_ti2v_5b.json"), read("kiwi_edit_5b.json")
+    qwen = read("qwen2.5_vl_3b.json")["parameters"]
+    own = sum(entry["parameters"] for name, entry in kiwi.items() if name != "note")
+    dit_size, vae_size = (wan[name]["parameters"] for name in ("dit, diffusers", "vae, official"))
+    total = 2 * (dit_size + qwen + own) + 4 * vae_size  # bfloat16, but for the VAE
+    assert f"[{total / 1e9:.2f} GB]" in README
+    page = (TOP / "weights" / "README.md").read_text()
+    assert f"{total:,} bytes" in page
+    for size in (2 * dit_size, 2 * qwen, 4 * vae_size):
+        assert f"| {size / 1e9:.2f} |" in page
 
 
 class Live(TorchDispatchMode):
@@ -197,18 +203,19 @@ def bytes_of(model, name=lambda name: True):
 
 
 @functools.cache
-def vae_peak(frames):
+def vae_peak(frames, release="wan2.1"):
     """Bytes that the VAE holds at its peak for each pixel of a frame, beyond its weights.
 
     All it does grows with area.
     """
     with torch.device("meta"):
-        codec = vae.WanVAE()
+        codec = vae.WanVAE(vae.PRESETS[release])
     codec.to_empty(device="cpu")
     length, side, peaks = min(frames, 9), 64, []  # from the third latent frame on, chunks are alike
+    stride, channels = codec.spatial_stride, codec.config.z_dim
     video, z = (
         torch.zeros(1, 3, length, side, side),
-        torch.zeros(1, 16, (length - 1) // 4 + 1, side // 8, side // 8),
+        torch.zeros(1, channels, (length - 1) // 4 + 1, side // stride, side // stride),
     )
     for run, held in (
         (lambda: codec.encode(video), 3 * 4 * frames),
@@ -220,36 +227,50 @@ def vae_peak(frames):
     return max(peaks)
 
 
-def needs(preset, shape, queries):
-    """GB that an edit with guidance holds at most: all in memory, blocks in int8, blocks offloaded.
-
-    The peak is in a step of the DiT or, where that is small, in the VAE.
-    """
-    config, narrow = dit.PRESETS[preset], replace(dit.PRESETS[preset], num_layers=2)
+def parts_of(preset):
+    """(MLLM, connector, VAE, DiT) on the meta device: Kiwi-Edit's with the 5B, else InstructX's."""
     with torch.device("meta"):
-        mllm, connector, codec, model = (
-            Qwen2_5_VL(),
-            Connector(InstructXConfig()),
-            vae.WanVAE(),
-            dit.WanDiT(config),
+        mllm = Qwen2_5_VL()
+        if preset != "5B":
+            add_lora(mllm)
+            connector = Connector(InstructXConfig())
+            return mllm, connector, vae.WanVAE(), dit.WanDiT(dit.PRESETS[preset])
+        widths = {"hidden_dim": 3072, "context_dim": 3072}
+        connector = Connector(InstructXConfig(reference_queries=768, **widths))
+        flags = dict.fromkeys(
+            ("source_embedding", "source_bias", "source_scaled", "reference_embedding"), True
         )
-        add_lora(mllm)
+        model = dit.WanDiT(replace(dit.PRESETS["5B"], text_dim=0, **flags))
+        return mllm, connector, vae.WanVAE(vae.PRESETS["wan2.2"]), model
+
+
+def needs(preset, shape, queries):
+    """GB that an edit holds at most: all in memory, blocks in int8, blocks offloaded.
+
+    With guidance, but for the 5B. The peak is in a step of the DiT or, where that is small, in
+    the VAE.
+    """
+    mllm, connector, codec, model = parts_of(preset)
+    narrow, batch = replace(model.config, num_layers=2), 1 if preset == "5B" else 2
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         torch.set_default_dtype(torch.bfloat16)
         step = dit.WanDiT(narrow)
         torch.set_default_dtype(torch.float32)
-        latents = torch.empty(2, *shape)
-        context = torch.empty(2, queries, 4096, dtype=torch.bfloat16)
+        latents = torch.empty(batch, *shape)
+        width = narrow.text_dim or narrow.dim
+        context = torch.empty(batch, queries, width, dtype=torch.bfloat16)
         with Live(step) as live:
             condition = step.condition(context, latents.shape, latents[:1])
-            step.denoise(latents, torch.empty(2), condition)
+            step.denoise(latents, torch.empty(batch), condition)
     matrix = lambda key: key.startswith("blocks.") and key.endswith("weight") and "norm" not in key
     tower = lambda key: key.startswith(("visual.blocks.", "model.layers.")) and "lora_" not in key
     others, whole = bytes_of(connector) + bytes_of(codec), bytes_of(mllm) + bytes_of(model)
     block = bytes_of(model, lambda key: key.startswith("blocks.0."))
     apart = bytes_of(mllm, tower) + bytes_of(model, lambda key: key.startswith("blocks."))
     denoise = live.peak
-    code = vae_peak(4 * shape[1] - 3) * 64 * shape[2] * shape[3]
+    release = "wan2.2" if preset == "5B" else "wan2.1"
+    pixels = codec.spatial_stride**2 * shape[2] * shape[3]
+    code = vae_peak(4 * shape[1] - 3, release) * pixels
     return [
         (others + max(size + denoise, between + code)) / 1e9
         for size, between in (
@@ -260,15 +281,23 @@ def needs(preset, shape, queries):
     ]
 
 
+WAN2_1_SIZES = (
+    ("an image of 1024x1024", (16, 1, 128, 128), 256),
+    ("81 frames of 832x480", (16, 21, 60, 104), 512),
+    ("81 frames of 1280x720", (16, 21, 90, 160), 512),
+)
+KIWI_SIZES = (  # at most the 921,600 pixels that it was trained on; 720 is padded to 736
+    ("an image of 960x960", (48, 1, 60, 60), 256),
+    ("81 frames of 832x480", (48, 21, 30, 52), 512),
+    ("81 frames of 1280x720", (48, 21, 46, 80), 512),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["14B", "1.3B"])
+@pytest.mark.parametrize("preset", ["14B", "1.3B", "5B"])
 def test_needs_of_the_readme(preset):
     """What an edit takes by size, computed from the tensors of a step."""
-    for name, shape, queries in (
-        ("an image of 1024x1024", (16, 1, 128, 128), 256),
-        ("81 frames of 832x480", (16, 21, 60, 104), 512),
-        ("81 frames of 1280x720", (16, 21, 90, 160), 512),
-    ):
+    for name, shape, queries in KIWI_SIZES if preset == "5B" else WAN2_1_SIZES:
         row = (
             f"| {preset}, {name} | "
             + " | ".join(f"{size:.1f}" for size in needs(preset, shape, queries))
@@ -276,9 +305,10 @@ def test_needs_of_the_readme(preset):
         )
         assert row in TESTS_PAGE, row
         flop = dit.step_flops(dit.PRESETS[preset], shape[1] * shape[2] * shape[3] // 4, queries)
-        seconds = [2 * 50 * flop / (peak * 1e12) for peak in (790, 312, 165)]  # guidance, steps
+        total = 50 * flop * (1 if preset == "5B" else 2)  # steps, guidance
+        seconds = [total / (peak * 1e12) for peak in (790, 312, 165)]
         row = (
-            f"| {preset}, {name} | {100 * flop / 1e15:,.1f} | "
+            f"| {preset}, {name} | {total / 1e15:,.1f} | "
             + " | ".join(f"{time:,.0f}" for time in seconds)
             + " |"
         )
