@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -20,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 import dit
 import vae
-from connector import Connector, InstructXConfig
+from connector import Connector, InstructX, InstructXConfig
 from mllm import Qwen2_5_VL, add_lora, smart_resize
+from sampler import FlowSampler
 
 TOP = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -321,3 +323,15 @@ def test_shapes_of_the_readme():
     patches = 7 * (height // 14) * (width // 14)  # 13 frames, two to a patch
     assert f"patches ({patches}, 1176), which become {patches // 4} of" in README
     assert f"(1, {InstructXConfig().video_queries}, {InstructXConfig().context_dim})" in README
+
+
+def test_the_file_guide_counts_lines():
+    """Who plans an afternoon of reading should not find twice as much."""
+    guide = README.partition("## Read it")[2]
+    for name in ("connector", "dit", "sampler", "mllm", "vae", "edit", "train"):
+        lines = len((TOP / f"{name}.py").read_text().splitlines())
+        row = next(line for line in guide.splitlines() if line.startswith(f"| [{name}.py]"))
+        assert row.endswith(f"| {lines:,} |"), f"{name}.py has {lines} lines"
+    stops = InstructX.edit, Connector, dit.Block.forward, dit.WanDiT.denoise, FlowSampler.sample
+    lines = sum(len(inspect.getsource(stop).splitlines()) for stop in stops)
+    assert f"Five stops, {lines} lines in all:" in guide, f"the stops have {lines} lines"

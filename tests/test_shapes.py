@@ -1,5 +1,6 @@
 """The model that ships, used from a shell as the README says."""
 
+import json
 import re
 import subprocess
 import sys
@@ -177,6 +178,25 @@ def test_instructions_with_special_tokens(tmp_path):
     """
     done = shell("edit.py", EXAMPLE, "add <|image_pad|>", "-o", tmp_path / "out.png")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "<|image_pad|>" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_edit_is_taught_in_minutes(tmp_path):
+    """The README's experiment: its losses, and the edit of a photo that was not shown."""
+    data, out = tmp_path / "data" / "data.jsonl", tmp_path / "out"
+    done = shell("weights/shapes/teach.py", data.parent, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    options = ["--steps", 300, "--lr", "1e-3", "--muon-lr", "0.02", "--device", "cpu"]
+    options += ["--data", data, "--weights", SHAPES, "--out", out]
+    done = shell("train.py", "--stage", 3, *options)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows]
+    assert round(losses[0], 2) == 0.93 and losses[-1] < 0.012
+    cat, result = tmp_path / "cat.png", tmp_path / "blue.png"
+    edited(cat, "swap red and blue", "--instructx", out / "instructx", "-o", result)
+    target = pixels(cat)[..., ::-1]
+    assert np.abs(pixels(result) - target).mean() < 0.3 * np.abs(pixels(cat) - target).mean()
 
 
 @pytest.mark.slow
