@@ -4,18 +4,18 @@
     source ─► Wan VAE ─► latents, added to the noisy ones ───────────────────────────┤
     references ─► Wan VAE ─► latents, appended to the sequence ──────────────────────┴─► Wan DiT
 
-What is unusual, beside other editors built on a multimodal language model (paper, section 3.2):
+Notable details, compared with other editors built on a multimodal LLM (paper, section 3.2):
 - The connector is two linear layers. MetaQuery needed a 1.6B transformer because its MLLM was
-  frozen. Here LoRA lets the MLLM form the editing semantics, and the connector only changes the
-  width.
+  frozen. Here LoRA lets the MLLM form the editing semantics, so the connector only maps hidden
+  states to the width of the DiT's context.
 - Images and videos have separate queries, so the two modalities need not share features.
-- The connector's output replaces Wan's T5 embeddings; Wan's own `text_embedding` still applies to
-  it.
+- The connector's output replaces Wan's T5 embeddings. It still passes through Wan's own
+  `text_embedding`.
 
 Letters: B batch, T frames, F latent frames = 1 + (T-1)/4, H W pixels, h w = H/8 W/8, L prompt
 tokens, Q queries, D width of the MLLM.
 
-    python connector.py [FOLDER]     # what a weights folder holds, and the shapes of an edit
+    python connector.py [FOLDER]     # contents of a weights folder, and shapes of an edit
 """
 
 import argparse
@@ -50,40 +50,40 @@ SYSTEM_PROMPT = "Describe what the edited picture should look like, following th
 
 @dataclass
 class InstructXConfig:
-    """The released sizes are the defaults. "paper": stated in section 3.2. All else is ours."""
+    """Defaults fit Qwen2.5-VL-3B and Wan2.1. "paper": from section 3.2. The rest is our choice."""
 
     mllm_dim: int = 2048  # width of Qwen2.5-VL-3B
     hidden_dim: int = 4096
     context_dim: int = 4096  # width of the T5 embeddings that the context replaces
     image_queries: int = 256  # paper
     video_queries: int = 512  # paper
-    mllm_frames: int = 13  # paper: frames of a clip that the MLLM sees
-    frame_pixels: int = 602112  # larger ones are scaled down for it, as by Qwen's own pipeline
+    mllm_frames: int = 13  # paper: of a clip the MLLM sees at most this many frames
+    frame_pixels: int = 602112  # the MLLM sees larger frames scaled down, as in Qwen's pipeline
     system_prompt: str = SYSTEM_PROMPT
     text_embedding: bool = True  # False: the connector writes the DiT's own width
-    lora_rank: int = 64  # 0 leaves the MLLM as it was released
+    lora_rank: int = 64  # 0: no LoRA
     lora_alpha: float = 64.0
-    steps: int = 50  # how an edit is sampled unless the caller says otherwise
+    steps: int = 50  # these four are sampling defaults
     guidance: float = 5.0
     shift: float = 5.0
     solver: str = "unipc"
-    area: int = 0  # pixels of the pictures it was trained on; edit.py works at this size; 0: any
+    area: int = 0  # pixels of the training pictures; edit.py works at this size; 0: any size
     max_references: int = 99
 
-    # How Kiwi-Edit differs, whose weights are open.
-    source_first: bool = False  # in the prompt, whose turn ends behind the queries
-    reference_queries: int = 0  # queries where there is a reference, which has an MLP of its own
-    reference_words: str = ""  # put behind the instruction where there is a reference
-    reference_pixels: int = 0  # a larger reference is scaled down to this for the MLLM
-    reference_padded: bool = False  # the DiT sees it on white, in the size of the source
-    frame_resizes: tuple = ()  # see Processor
-    mllm_fps: float = 0.0  # the frame rate that the MLLM is told; 0: that of the clip
+    # Differences in Kiwi-Edit, whose weights are public.
+    source_first: bool = False  # source before instruction; the queries end the user's turn
+    reference_queries: int = 0  # queries for edits with a reference; it gets its own MLP
+    reference_words: str = ""  # appended to the instruction if there is a reference
+    reference_pixels: int = 0  # the MLLM sees larger references scaled down to this
+    reference_padded: bool = False  # the DiT sees references padded to the source's size with white
+    frame_resizes: tuple = ()  # see Processor.__call__
+    mllm_fps: float = 0.0  # frame rate in the MLLM's positions; 0: the clip's own
 
 
 class Connector(nn.Module):
     """Two sets of learnable queries and the two-layer MLP (paper, section 3.2).
 
-    Kiwi-Edit has a third set, and a second MLP for the states of a reference's own tokens.
+    Kiwi-Edit has a third set, and a second MLP for the hidden states at a reference's tokens.
     """
 
     def __init__(self, config):
@@ -105,7 +105,7 @@ class Connector(nn.Module):
         )
 
     def initialize(self):
-        """The start of stage 1: queries as N(0, 0.02), the MLP as PyTorch starts it."""
+        """Initial weights of stage 1: queries from N(0, 0.02), the MLP from PyTorch's defaults."""
         nn.init.normal_(self.image_queries, std=0.02)
         nn.init.normal_(self.video_queries, std=0.02)
         if self.reference_queries is not None:
@@ -113,13 +113,13 @@ class Connector(nn.Module):
         return self
 
     def queries(self, is_video, has_reference=False):
-        """(Q, D): what the MLLM is given after the last token of the prompt."""
+        """(Q, D) inputs of the MLLM after the last prompt token, at the positions of text there."""
         if has_reference and self.reference_queries is not None:
             return self.reference_queries
         return self.video_queries if is_video else self.image_queries
 
     def forward(self, features):
-        """Hidden states at the queries (B, Q, D) -> (B, Q, context_dim), in its own dtype."""
+        """Hidden states at the queries (B, Q, D) -> (B, Q, context_dim), in the MLP's dtype."""
         return self.mlp(features.to(self.image_queries.dtype))
 
     def reference(self, states):
@@ -130,9 +130,8 @@ class Connector(nn.Module):
 class InstructX(nn.Module):
     """One model that edits images and videos from an instruction.
 
-    It holds `mllm` with its `processor`, `connector`, `dit` and `vae`. `trained` is False where a
-    folder holds only the official Qwen2.5-VL and Wan2.1: queries and connector are then random,
-    and no edit follows its instruction.
+    `trained` is False if the folder holds only the official Qwen2.5-VL and Wan2.1. Queries and
+    connector are then random, and edits do not follow their instructions.
     """
 
     def __init__(self, config, mllm, processor, connector, dit, vae, trained=True):
@@ -158,29 +157,30 @@ class InstructX(nn.Module):
         """Edits one image or clip.
 
         Args:
-            frames: a PIL image, or uint8 (T, H, W, 3); T = 1 is an image. Any size: padding is
-                added and taken off again, so the result lies on the source pixel for pixel.
-            instruction: what to do.
-            references: PIL images or uint8 (H, W, 3), of any size; those larger than the source
-                are scaled down to its area.
-            steps, guidance: None takes what the checkpoint's config says (50 and 5.0 as released).
-                Guidance 1 runs without the unconditional branch, in half the time.
-            seed: of the noise, drawn on the CPU so that devices agree.
-            fps: frame rate of `frames`, which tells the MLLM how fast things move.
+            frames: a PIL image, or uint8 (T, H, W, 3); T = 1 is an image. Any size is allowed.
+                Padding goes to the right, the bottom and the end, and is cropped from the result.
+                The source is never resized, so it and the result align pixel for pixel.
+            instruction: the edit in words.
+            references: PIL images or uint8 (H, W, 3), of any size. References larger than the
+                source are scaled down to its area.
+            steps, guidance: None takes the values of the checkpoint's config (by default 50 and
+                5.0). Guidance 1 skips the unconditional branch and takes half the time.
+            seed: seed of the noise. The noise is drawn on the CPU, so all devices start alike.
+            fps: frame rate of `frames`. The MLLM's positions in time depend on it.
             progress: called as progress(phase, done, total) for the phases "understand", "encode",
                 "denoise" and "decode".
-            write: called with pieces of the result, uint8 (t, H, W, 3), as they are decoded;
-                nothing is returned then.
+            write: called with pieces of the result, uint8 (t, H, W, 3), as they are decoded. The
+                method then returns None.
 
-        Returns the result in the form of `frames`. Raises ValueError for arguments that make no
-        edit, FloatingPointError if the numbers overflow.
+        Returns an image for an image, an array for an array. Raises ValueError for unusable
+        arguments, FloatingPointError for NaN or infinity.
         """
         report = progress or (lambda phase, done, total: None)
         as_image = isinstance(frames, Image.Image)
         frames = check_frames(np.asarray(frames.convert("RGB"))[None] if as_image else frames)
         guidance = self.config.guidance if guidance is None else guidance
         steps = self.config.steps if steps is None else steps
-        self.sampler(steps)  # its errors come before the work
+        self.sampler(steps)  # raises for bad settings, before the long work
         if not (np.isfinite(guidance) and guidance >= 1):
             raise ValueError(f"guidance is {guidance}; it should be 1 or more; 1 changes nothing")
         if len(references) > self.config.max_references:
@@ -190,8 +190,8 @@ class InstructX(nn.Module):
         references = [self.framed_reference(picture, frames.shape) for picture in shown]
 
         report("understand", 0, 1)
-        # The unconditional branch sees the same pictures with an empty instruction, so guidance
-        # amplifies the words alone.
+        # Both branches see the same pictures, and the unconditional one an empty instruction. So
+        # guidance amplifies the effect of the words alone.
         instructions = [instruction] if guidance == 1 else [instruction, ""]
         prompts = [self.prompt(frames, words, shown, fps) for words in instructions]
         inputs = self.processor.collate(prompts, same_pictures=True)
@@ -222,10 +222,10 @@ class InstructX(nn.Module):
         return Image.fromarray(pieces[0][0]) if as_image else np.concatenate(pieces)
 
     def prompt(self, frames, instruction, references=(), fps=16.0):
-        """The MLLM's view of one edit, a dict of tensors.
+        """Builds the MLLM's inputs for one edit, a dict of tensors.
 
-        `frames` are uint8 (T, H, W, 3), `references` uint8 (H, W, 3). A single frame is shown as
-        an image. A clip is shown as at most `mllm_frames` frames, first and last included.
+        `frames` are uint8 (T, H, W, 3), `references` uint8 (H, W, 3). A single frame becomes an
+        image. A clip becomes at most `mllm_frames` evenly spaced frames, first and last included.
         """
         config = self.config
         if references:
@@ -242,7 +242,7 @@ class InstructX(nn.Module):
             return show(image=frames[0])
         count = min(len(frames), self.config.mllm_frames)
         sampled = np.linspace(0, len(frames) - 1, count).round().astype(int)
-        rate = fps * (count - 1) / max(1, len(frames) - 1)  # its frame times are in seconds
+        rate = fps * (count - 1) / max(1, len(frames) - 1)  # of the sampled frames
         return show(
             video=frames[sampled],
             fps=config.mllm_fps or rate,
@@ -251,7 +251,7 @@ class InstructX(nn.Module):
         )
 
     def context(self, inputs, is_video):
-        """What the DiT reads instead of T5 embeddings. `inputs`: a prompt, or a batch of them."""
+        """The DiT's context, in place of T5 embeddings. `inputs`: a prompt, or a collated batch."""
         has_reference = self.has_reference(inputs)
         queries = self.connector.queries(is_video, has_reference)  #            (Q, D)
         hidden = self.mllm(**inputs, queries=self.with_turn_end(queries))  #    (B, L+Q, D)
@@ -262,22 +262,22 @@ class InstructX(nn.Module):
             context = torch.cat([self.connector.reference(states), context], dim=1)
         return context
 
-    # Three details of Kiwi-Edit, which InstructX does without.
+    # Three details of Kiwi-Edit. InstructX has none of them.
 
     def has_reference(self, inputs):
-        """Beside a reference Kiwi-Edit shows the source as a video, even if it is one frame."""
-        both = {"pixel_values", "pixel_values_videos"} <= inputs.keys()
-        return self.config.reference_queries > 0 and both
+        """With a reference, Kiwi-Edit shows the source as a video even if it is one frame."""
+        has_image_and_video = {"pixel_values", "pixel_values_videos"} <= inputs.keys()
+        return self.config.reference_queries > 0 and has_image_and_video
 
     def with_turn_end(self, queries):
-        """Kiwi-Edit ends the user's turn behind the queries, and keeps the last Q states of all."""
+        """Kiwi-Edit appends the end of the turn. The last Q states include those at its tokens."""
         if not self.config.source_first:
             return queries
         end = self.mllm.words(torch.tensor(self.processor.turn_end()))  # (2, D)
         return torch.cat([queries.to(end), end])
 
     def reference_states(self, hidden, inputs):
-        """The states at the tokens of the reference, with which the prompt ends: (B, R, D)."""
+        """Hidden states (B, R, D) at the tokens of the reference, which ends the prompt."""
         tokens = int(inputs["image_grid_thw"][-1].prod()) // self.processor.merge_size**2
         end = inputs["input_ids"].shape[1] - 1  # before <|vision_end|>
         return hidden[:, end - tokens : end]
@@ -296,15 +296,15 @@ class InstructX(nn.Module):
     ):
         """Noise -> latents of `shape` (1, 16, F, h, w), float32.
 
-        `context` has one row, or with guidance two: for the instruction and for the empty one.
-        `source` and `references` are latents. In stage 1 there is no source.
+        `context` has one row or, with guidance, two: instruction first, empty instruction second.
+        `source` and `references` are latents. Stage 1 has no source.
         """
         guidance = self.config.guidance if guidance is None else guidance
         steps = self.config.steps if steps is None else steps
         context = context[:1] if guidance == 1 else context
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         batch = (len(context), *shape[1:])
-        condition = self.dit.condition(context, batch, source, references)  # the same in all steps
+        condition = self.dit.condition(context, batch, source, references)  # shared by all steps
 
         def velocity(z, t):
             return self.dit.denoise(z, t, condition)
@@ -322,13 +322,14 @@ class InstructX(nn.Module):
     def encode(self, frames):
         """uint8 (T, H, W, 3) -> latents (1, 16, F, h, w).
 
-        Sides and length are padded to what the models take, by the last row, column and frame.
+        The last row, column and frame are repeated until sides and length suit the models. Pixel
+        (0, 0) of frame 0 stays the first, so `decode` only has to crop.
         """
         frames = pad(frames, self.multiple(), self.vae.temporal_stride)
         return self.vae.encode(to_video(frames, like=self.vae.conv1.weight))
 
     def decode(self, z, shape):
-        """Latents (1, 16, F, h, w) -> uint8 frames of `shape` (T, H, W, 3), piece by piece."""
+        """Latents (1, 16, F, h, w) -> uint8 frames, cropped to `shape` (T, H, W, 3), in pieces."""
         remaining, height, width, _ = shape
         for video in self.vae.decode_stream(z):  #                              (1, 3, t, H, W)
             frames = to_frames(video[:, :, :remaining, :height, :width])
@@ -337,13 +338,13 @@ class InstructX(nn.Module):
                 yield frames  #                                                 (t, H, W, 3)
 
     def shown_reference(self, picture, shape):
-        """A picture -> uint8 (H, W, 3), as the MLLM sees it beside frames of `shape`."""
+        """A reference -> uint8 (H, W, 3) for the MLLM. `shape`: of the source, (T, H, W, ...)."""
         if self.config.reference_padded:
             return np.asarray(to_pil(picture))
         return fit_reference(picture, shape[1] * shape[2])
 
     def framed_reference(self, picture, shape):
-        """A shown reference -> uint8 (H, W, 3), as the DiT sees it."""
+        """The result of `shown_reference` -> uint8 (H, W, 3) for the DiT."""
         if not self.config.reference_padded:
             return picture
         size = shape[2], shape[1]
@@ -352,7 +353,7 @@ class InstructX(nn.Module):
         )
 
     def multiple(self):
-        """Sides of a picture are padded to multiples of this: VAE stride times DiT patch."""
+        """Sides are padded to multiples of this number: VAE stride times DiT patch size."""
         return self.vae.spatial_stride * self.dit.config.patch_size[1]
 
     # Loading.
@@ -368,17 +369,18 @@ class InstructX(nn.Module):
         quantize=None,
         **settings,
     ):
-        """Everything an edit needs, from one folder (its layout: weights/README.md).
+        """Loads all models from one folder (layout: weights/README.md).
 
         Args:
-            dtype: of MLLM, connector and DiT; None keeps each file's own. The VAE always keeps its
-                own, float32 as released: it is small, and its rounding errors would be seen.
-            instructx: a folder that save_pretrained wrote, instead of the one in `folder`.
-            offload: leaves the blocks of MLLM and DiT in their files, see `offload_blocks`.
-            quantize: None or torch.int8: rounds the DiT's matrices, see `quantize_blocks`.
-            settings: fields of InstructXConfig, instead of those in config.json.
+            dtype: dtype of MLLM, connector and DiT; None keeps the stored ones. The VAE always
+                keeps its stored dtype, officially float32: it is small, and its rounding errors
+                would be visible.
+            instructx: folder from save_pretrained, used instead of the one in `folder`.
+            offload: keeps the blocks of MLLM and DiT in their files (see `offload_blocks`).
+            quantize: torch.int8 rounds the DiT's matrices (see `quantize_blocks`).
+            settings: fields of InstructXConfig that override config.json.
 
-        Raises FileNotFoundError where a model is missing, ValueError where a checkpoint does not
+        Raises FileNotFoundError for a missing model, ValueError for a checkpoint that does not
         fit.
         """
         folders = locate(folder, instructx)
@@ -413,7 +415,7 @@ class InstructX(nn.Module):
                 model.load(folders["instructx"] / "model.safetensors", device, dtype)
             else:
                 model.load_kiwi(folders["mllm"] / KIWI_FILE, device, dtype)
-            if is_kiwi and dit.source_embedding is None:  # training writes them into the DiT
+            if is_kiwi and dit.source_embedding is None:  # a trained DiT has its own
                 model.load_kiwi_embeddings(folders["mllm"].parent, device, dtype)
         read_dit = partial(dit_block, folders["dit"], dtype)
         if quantize is not None:
@@ -428,9 +430,9 @@ class InstructX(nn.Module):
 
     @classmethod
     def untrained(cls, mllm, processor, dit, vae, **settings):
-        """Released models with fresh queries, connector and LoRA: where stage 1 starts.
+        """Official models with new queries, connector and LoRA: the start of stage 1.
 
-        The widths are those of the models. The weights are the same every time.
+        The models determine the widths. The new weights come from a fixed seed.
         """
         width = dit.config.text_dim or dit.config.dim
         widths = {"mllm_dim": mllm.config.hidden_size, "hidden_dim": width, "context_dim": width}
@@ -446,20 +448,20 @@ class InstructX(nn.Module):
         return cls(config, mllm, processor, connector, dit, vae, trained=False)
 
     def load(self, file, device="cpu", dtype=None):
-        """Fills connector and LoRA from our own checkpoint. ValueError unless every tensor fits."""
+        """Loads connector and LoRA from an InstructX file. Raises ValueError unless all fit."""
         tensors = read_safetensors(file, device, dtype)
         prefix = "connector."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        connector = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         lora = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
         try:
-            self.connector.load_state_dict(own, assign=True)
+            self.connector.load_state_dict(connector, assign=True)
             if lora or self.config.lora_rank:
                 load_lora(self.mllm, lora)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{file}: {' '.join(str(error).split())[:600]}") from None
 
     def load_kiwi(self, file, device="cpu", dtype=None):
-        """Fills the connector from Kiwi-Edit's own file. ValueError unless every tensor fits."""
+        """Loads the connector from Kiwi-Edit's file. Raises ValueError unless all tensors fit."""
         tensors = {}
         for name, tensor in read_safetensors(file, device, dtype).items():
             for theirs, ours in KIWI_NAMES.items():
@@ -470,32 +472,34 @@ class InstructX(nn.Module):
         load_strictly(self.connector, tensors, file)
 
     def load_kiwi_embeddings(self, folder, device="cpu", dtype=None):
-        """Gives the DiT its embeddings of source and reference, from Kiwi-Edit's folder.
+        """Loads the DiT's embeddings of source and references from Kiwi-Edit's folder.
 
-        Raises FileNotFoundError where one is missing, ValueError where it does not fit.
+        Raises FileNotFoundError for a missing file, ValueError for one that does not fit.
         """
         flags = {"source_bias": True, "source_scaled": True}
         for name, pictures in (("source", "source"), ("ref", "reference")):
             if name == "ref" and not self.config.reference_queries:
-                continue  # the variant that takes no reference
-            place = folder / f"{name}_embedder"
-            for file in (place / KIWI_FILE, place / "config.json"):
+                continue  # the variant without references
+            embedder = folder / f"{name}_embedder"
+            for file in (embedder / KIWI_FILE, embedder / "config.json"):
                 if not file.is_file():
                     raise FileNotFoundError(f"{file} is missing; the DiT sees the {pictures} by it")
             with torch.device("meta"):
                 embedding = PatchEmbedding(self.dit.config)
-            tensors = read_safetensors(place / KIWI_FILE, device, dtype)
+            tensors = read_safetensors(embedder / KIWI_FILE, device, dtype)
             tensors = {n.removeprefix("patch_embedding."): t for n, t in tensors.items()}
-            load_strictly(embedding, tensors, place / KIWI_FILE)
+            load_strictly(embedding, tensors, embedder / KIWI_FILE)
             setattr(self.dit, f"{pictures}_embedding", embedding)
             flags[f"{pictures}_embedding"] = True
-            flags["references_first"] = bool(read_json(place / "config.json").get("ref_pad_first"))
+            flags["references_first"] = bool(
+                read_json(embedder / "config.json").get("ref_pad_first")
+            )
         self.dit.config = replace(self.dit.config, **flags)
 
     def save_pretrained(self, folder, dit=False, mllm=False, dtype=None):
-        """Writes the folder `instructx` of a weights folder: config.json and model.safetensors.
+        """Writes an `instructx` folder: config.json and model.safetensors.
 
-        With `dit` or `mllm` it also holds that model, and it is used instead of the released one.
+        `dit` and `mllm` add these models to it. They then replace the official ones on loading.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -507,17 +511,18 @@ class InstructX(nn.Module):
         tensors = {f"connector.{name}": t for name, t in self.connector.state_dict().items()}
         tensors |= lora_state_dict(self.mllm)
         tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
-        # By way of another name: the tensors may be mapped from the file that is there.
+        # Write to another name first: the tensors may be mapped from the existing file.
         partial_file = folder / "model.safetensors.partial"
         save_file(tensors, partial_file, metadata={"format": "pt"})
         config = {"_class_name": "InstructX", **asdict(self.config)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.copymode(folder / "config.json", partial_file)  # safetensors makes it private
+        # safetensors makes its files readable by the owner only.
+        shutil.copymode(folder / "config.json", partial_file)
         os.replace(partial_file, folder / "model.safetensors")
 
 
 def read_safetensors(file, device, dtype):
-    """{name: tensor}. ValueError names a file that is damaged."""
+    """{name: tensor} of a file. Raises ValueError if it is damaged."""
     try:
         with safe_open(file, "pt") as stored:
             return {name: stored.get_tensor(name).to(device, dtype) for name in stored.keys()}
@@ -526,7 +531,7 @@ def read_safetensors(file, device, dtype):
 
 
 def load_strictly(module, tensors, file):
-    """Fills a module on the meta device. ValueError names the tensors that do not fit."""
+    """Loads tensors into a module on the meta device. Raises ValueError unless all fit."""
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -560,8 +565,8 @@ def read_kiwi_config(folder):
             mllm_frames=raw["max_frames"],
             frame_pixels=12845056,
             text_embedding=False,
-            lora_rank=0,  # merged
-            guidance=1.0,  # it never saw an empty instruction
+            lora_rank=0,  # merged into the MLLM
+            guidance=1.0,  # trained without empty instructions
             solver="euler",
             system_prompt=KIWI_SYSTEM,
             max_references=int(takes_reference),
@@ -569,7 +574,7 @@ def read_kiwi_config(folder):
             reference_words=" Use the reference input from last frame.",
             reference_pixels=602112,
             reference_padded=True,
-            # Multiples of 56 where Qwen's are of 28: an error that the weights were trained with.
+            # Multiples of 56, not of Qwen's 28: a mistake that the weights were trained with.
             frame_resizes=(("pillow", 56, 12544, 262144), ("torch", 28, 100352, 262144)),
             mllm_fps=2.0,
             area=921600,
@@ -581,7 +586,7 @@ def read_kiwi_config(folder):
 
 
 def check_frames(frames):
-    """uint8 (T, H, W, 3) -> the same as a contiguous array. ValueError for anything else."""
+    """Frames as a contiguous array. Raises ValueError unless they are uint8 (T, H, W, 3)."""
     frames = np.ascontiguousarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3)")
@@ -589,7 +594,7 @@ def check_frames(frames):
 
 
 def pad(frames, side, stride):
-    """Repeats the last row, column and frame: sides n * `side`, length n * `stride` + 1."""
+    """Repeats the last row, column and frame up to sides n * `side`, length n * `stride` + 1."""
     length, height, width, _ = frames.shape
     extra = ((0, (1 - length) % stride), (0, -height % side), (0, -width % side), (0, 0))
     return np.pad(frames, extra, mode="edge")
@@ -614,7 +619,7 @@ def reference_size(height, width, area):
 
 
 def check_finite(tensor, name):
-    """Raises FloatingPointError for NaN and infinity: they would become a black picture."""
+    """Raises FloatingPointError for NaN or infinity, which would become a black picture."""
     if not tensor.isfinite().all():
         raise FloatingPointError(
             f"the {name} is not finite (NaN); try dtype float32, or the weights are damaged"
@@ -622,7 +627,7 @@ def check_finite(tensor, name):
 
 
 def read_config(file):
-    """InstructXConfig from a config.json. ValueError for unknown keys and wrong types."""
+    """Reads InstructXConfig from a config.json. Raises ValueError for bad keys and types."""
     raw = read_json(file)
     if raw.pop("_class_name", "InstructX") != "InstructX":
         raise ValueError(f"{file} is not the config.json of an InstructX folder")
@@ -647,7 +652,7 @@ def check_configs(folders):
 
 
 def check_types(config, file):
-    """Raises ValueError for a value of another type than its default, or a number below 0."""
+    """Raises ValueError for a type that differs from the default's, and for numbers below 0."""
     for field in fields(config):
         value, default = getattr(config, field.name), getattr(type(config)(), field.name)
         allowed = (int, float) if isinstance(default, float) else type(default)
@@ -658,7 +663,7 @@ def check_types(config, file):
 
 
 def to_tuple(value):
-    """JSON has lists where configs have tuples."""
+    """Turns the lists of JSON into the tuples of configs."""
     return tuple(map(to_tuple, value)) if isinstance(value, list) else value
 
 
@@ -668,19 +673,19 @@ CLASSES = {
     "WanModel": "dit",
     "WanTransformer3DModel": "dit",
     "AutoencoderKLWan": "vae",
-    "VAE": "vae",  # of Kiwi-Edit, like the next
+    "VAE": "vae",  # this and the next are Kiwi-Edit's
     "MLLMEncoder": "mllm",
     "InstructX": "instructx",
 }
 
 
 def locate(folder, instructx=None):
-    """Where each model lies: {"mllm", "dit", "vae" and, once trained, "instructx": path}.
+    """Paths of the models: {"mllm", "dit", "vae" and, after training, "instructx": path}.
 
-    A folder mllm/, dit/, vae/ or instructx/ wins. Otherwise config.json says what a folder holds,
-    so the official downloads can lie side by side as they are; the VAE may be a file Wan2.1_VAE.*.
-    `instructx` is used instead of the one in `folder`. Raises FileNotFoundError for what is
-    missing, ValueError for what is there twice.
+    Folders named mllm, dit, vae and instructx come first. Otherwise config.json identifies the
+    model of a folder, so the official downloads can lie side by side unchanged. The VAE may be a
+    file Wan2.1_VAE.*. `instructx` replaces the one in `folder`. Raises FileNotFoundError for a
+    missing model, ValueError for a duplicate.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -711,7 +716,7 @@ def locate(folder, instructx=None):
         folders["instructx"] = Path(instructx)
         if not (folders["instructx"] / "config.json").is_file():
             raise FileNotFoundError(f"{instructx} holds no config.json: training did not write it")
-    for model in ("mllm", "dit"):  # training may have changed them
+    for model in ("mllm", "dit"):  # trained versions come first
         trained = folders.get("instructx", folder / "instructx") / model
         if trained.is_dir():
             folders[model] = trained
@@ -734,21 +739,21 @@ def locate(folder, instructx=None):
 
 
 def read_json(file):
-    """The object in a JSON file. ValueError names the file."""
+    """Reads the object in a JSON file. Raises ValueError with the file's name."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from None
 
 
-# Machines. What follows is attached to finished models from outside; no forward mentions it.
+# Machines. These functions change loaded models from outside; no forward mentions them.
 
 
 def compile_blocks(dit):
-    """Compiles each block of the DiT in place, so that names in state_dict() stay.
+    """Compiles the forward of each DiT block, where an edit spends nearly all its time.
 
-    Nearly all time goes there. All blocks are alike, so one compilation of seconds serves them
-    all. It is the forward that is compiled: `offload_blocks` works before and after it.
+    Names in state_dict() stay the same. All blocks are alike, so they share one compilation, which
+    takes seconds. The hooks of `offload_blocks` run before and after the compiled forward.
     """
     for block in dit.blocks:
         block.forward = torch.compile(block.forward)
@@ -757,14 +762,14 @@ def compile_blocks(dit):
 def recompute_blocks(blocks):
     """Gradient checkpointing: a block keeps only its input and runs again in the backward pass.
 
-    Training takes less memory and a third more time.
+    Training takes less memory and a third longer.
     """
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def dit_block(path, dtype, i):
-    """{name: (tensor, dtype to run in)} of block i in the DiT's files."""
+    """Reads block i from the DiT's files: {name: (tensor, dtype to run in)}."""
     prefix, weights = f"blocks.{i}.", {}
     for name, tensor in dit_module.read_tensors(path, prefix).items():
         weights[name.removeprefix(prefix)] = (
@@ -775,7 +780,7 @@ def dit_block(path, dtype, i):
 
 
 def mllm_block(path, tower, dtype, i):
-    """{name: (tensor, dtype to run in)} of block i of a tower in the MLLM's files."""
+    """Reads block i of a tower from the MLLM's files: {name: (tensor, dtype to run in)}."""
     prefix, weights = f"{tower}.{i}.", {}
     for name, tensor in mllm_module.read_tensors(path, prefix).items():
         weights[name.removeprefix(prefix)] = tensor, dtype or tensor.dtype
@@ -783,11 +788,10 @@ def mllm_block(path, tower, dtype, i):
 
 
 def offload_blocks(blocks, read, device):
-    """Leaves the weights of `blocks` in their files: the same result in a small part of the memory.
+    """Keeps the weights of `blocks` in their files: the same result with far less memory.
 
-    read(i) -> {name: (tensor, dtype)} of block i. A thread copies the weights of the next block
-    while one works, into two buffers that take turns, so memory is never freed and taken in
-    between.
+    read(i) -> {name: (tensor, dtype)} of block i. While one block runs, a thread copies the
+    weights of the next. Two buffers take turns, so no memory is allocated between blocks.
     """
     device = torch.device(device)
     reader, pending, buffers = ThreadPoolExecutor(1), {}, [{}, {}]
@@ -795,9 +799,9 @@ def offload_blocks(blocks, read, device):
 
     def fetch(i, ready):
         buffer = buffers[i % 2]
-        with torch.cuda.stream(stream):  # beside the work of the GPU; no effect without one
+        with torch.cuda.stream(stream):  # in parallel to the GPU's work; a no-op on the CPU
             if ready:
-                stream.wait_event(ready)  # the block that used this buffer has finished
+                stream.wait_event(ready)  # until the block that used this buffer is done
             for name, (tensor, dtype) in read(i).items():
                 if name not in buffer:
                     buffer[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -809,7 +813,7 @@ def offload_blocks(blocks, read, device):
     def before(block, inputs, i):
         ready = torch.cuda.current_stream(device).record_event() if stream else None
         future = pending.pop(i, None) or reader.submit(fetch, i, ready)
-        pending.clear()  # an edit that failed may have left another block here
+        pending.clear()  # a failed edit may have left another block here
         weights = future.result()
         if i + 1 < len(blocks):
             pending[i + 1] = reader.submit(fetch, i + 1, ready)
@@ -818,7 +822,7 @@ def offload_blocks(blocks, read, device):
     def after(block, inputs, output, i):
         weights = {name: tensor.to("meta") for name, tensor in buffers[i % 2].items()}
         block.load_state_dict(weights, strict=False, assign=True)
-        if i + 1 == len(blocks):  # the VAE can use the memory
+        if i + 1 == len(blocks):  # leaves the memory to the VAE
             buffers[0].clear()
             buffers[1].clear()
 
@@ -828,9 +832,9 @@ def offload_blocks(blocks, read, device):
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear with its weight in int8 and a scale for each output: half the memory of bfloat16.
+    """A Linear with an int8 weight and a scale per output: half the memory of bfloat16.
 
-    The product runs in the dtype that the weight had, which holds all 255 values exactly.
+    The product runs in the weight's original dtype, which represents all 255 integers exactly.
     """
 
     def __init__(self, linear):
@@ -849,7 +853,7 @@ class QuantizedLinear(nn.Module):
 def quantize_blocks(dit, read, device):
     """Rounds the matrices of the DiT's blocks to int8, block by block as they are read.
 
-    read(i) as for `offload_blocks`. The result of an edit changes.
+    `read` is that of `offload_blocks`. The result of an edit changes a little.
     """
     for i, block in enumerate(dit.blocks):
         weights = {name: tensor.to(device, dtype) for name, (tensor, dtype) in read(i).items()}
@@ -860,10 +864,10 @@ def quantize_blocks(dit, read, device):
 
 
 def tile(vae, side):
-    """Lets the VAE work on overlapping squares of `side` pixels, one after the other.
+    """Makes the VAE process overlapping squares of `side` pixels, one after the other.
 
-    Memory no longer grows with the picture, but for the result. The result changes: near its
-    border a tile sees zeros, and the attention in the middle sees the tile alone.
+    Apart from the result, memory no longer grows with the picture. The result changes a little:
+    convolutions see zeros beyond the border of a tile, and attention sees one tile only.
     """
     stride = vae.spatial_stride
     encode, decode_stream = vae.encode, vae.decode_stream
@@ -881,9 +885,9 @@ def tile(vae, side):
 
 
 def in_tiles(run, x, side, multiple, scale):
-    """run(x) from squares of x (..., H, W) that fade into each other over a quarter of their side.
+    """Computes run(x) on squares of x (..., H, W), blended over a quarter of their side.
 
-    `multiple` divides `side` and the sides of x; the result is `scale` times as large as x.
+    `multiple` divides `side` and the sides of x. The result is `scale` times as large as x.
     """
     overlap = side // multiple // 4 * multiple
     result = weight = None
@@ -904,19 +908,19 @@ def in_tiles(run, x, side, multiple, scale):
 
 
 def tile_starts(length, side, overlap):
-    """Where the tiles of one axis start; the last one ends where the axis does."""
+    """Starts of the tiles along one axis. The last tile ends at the end of the axis."""
     last = max(length - side, 0)
     return [min(start, last) for start in range(0, max(length - overlap, 1), side - overlap)]
 
 
 def tile_fade(length, overlap):
-    """(length,) weights that rise over `overlap` steps to 1 and fall at the end; never 0."""
+    """Weights (length,) that rise to 1 over `overlap` steps and fall at the end; never 0."""
     steps = torch.arange(1, length + 1)
     return torch.minimum(steps, steps.flip(0)).clamp(max=overlap) / overlap
 
 
 def main():
-    """Prints what a weights folder holds, and the shapes of an edit of an image and of a clip."""
+    """Prints the contents of a weights folder, and the shapes of editing an image and a clip."""
     shapes = Path(__file__).resolve().parent / "weights" / "shapes"
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", nargs="?", default=shapes, help="a weights folder")

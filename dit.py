@@ -1,25 +1,27 @@
-"""The Wan2.1 diffusion transformer (arXiv 2503.20314), and how InstructX lets it see pictures.
+"""The Wan2.1 diffusion transformer (arXiv 2503.20314), with InstructX's source and references.
 
 A transformer over the latent patches of all frames at once, after the official
-wan/modules/model.py: self-attention with rotary positions in time, height and width,
-cross-attention to the instruction, and a feed-forward layer, modulated by the timestep. InstructX
+wan/modules/model.py. A block has self-attention with rotary positions in time, height and width,
+cross-attention to the instruction, and a feed-forward layer. The timestep modulates it. InstructX
 (arXiv 2510.08485, section 3.2) replaces the text by the connector's output, adds the latents of
 the source to the noisy ones, and appends the latents of the references to the sequence.
 
-What is unusual:
-- One projection of the time embedding serves all blocks; each block adds a small table of its own.
+Notable details:
+- One projection of the time embedding serves all blocks. Each block adds a small table of its own.
 - Queries and keys are normalised over the whole width, before it is split into heads.
-- A reference counts as one more frame after the last one. It has a grid of its own, so its size
-  may differ from that of the source. Its tokens are dropped before the head.
-- `condition` computes what all steps of an edit share, `denoise` is the step itself.
-- The residual stream, norms, rotations, modulation, time embedding and head are float32, as in the
-  official code, whatever dtype the large matrices have. (diffusers rounds the stream after every
-  branch.)
+- A reference counts as one more frame after the last one. It has its own grid, so its size may
+  differ from that of the source. Its tokens are dropped before the head.
+- `condition` runs once per edit. It embeds context, source and references, and computes the rotary
+  tables. `denoise` runs once per step. It embeds z and t, and runs all blocks and the head.
+- The large matrices may have any dtype. The residual stream, norms, rotations, modulation, time
+  embedding and head are float32, as in the official code. bfloat16 has 8 significant bits: sums of
+  squares lose digits, and small branches vanish in a large stream. (diffusers rounds the stream
+  after every branch.)
 
 Letters: B batch, C latent channels, F h w latent frames, height and width, L tokens of z, R tokens
 of all references, Q tokens of the context, D width, K heads, d = D/K.
 
-    python dit.py [FOLDER]      # what the presets cost, and one step with its shapes
+    python dit.py [FOLDER]      # costs of the presets, and the shapes of one step
 """
 
 import argparse
@@ -40,7 +42,7 @@ from torch import nn
 
 @dataclass
 class WanDiTConfig:
-    """The keys of the official config.json. The defaults are the released 14B."""
+    """Keys of the official config.json. The defaults are the 14B."""
 
     dim: int = 5120  # D
     ffn_dim: int = 13824
@@ -52,11 +54,11 @@ class WanDiTConfig:
     text_dim: int = 4096  # width of the context; 0: the context is D wide, without text_embedding
     eps: float = 1e-6
     patch_size: tuple = (1, 2, 2)
-    source_embedding: bool = False  # ours: the source has a patch embedding of its own
-    source_bias: bool = False  # Kiwi-Edit: that embedding has a bias
-    source_scaled: bool = False  # Kiwi-Edit: σ times the source's tokens are added
-    reference_embedding: bool = False  # Kiwi-Edit: references have an embedding of their own too
-    references_first: bool = False  # a variant of Kiwi-Edit: frame 0 is the reference, 1 the clip's
+    source_embedding: bool = False  # ours: a separate patch embedding for the source
+    source_bias: bool = False  # Kiwi-Edit: the source embedding has a bias
+    source_scaled: bool = False  # Kiwi-Edit: the source's tokens are scaled by σ
+    reference_embedding: bool = False  # Kiwi-Edit: a separate one for references too
+    references_first: bool = False  # a Kiwi-Edit variant: references precede the clip
 
     def __post_init__(self):
         if self.dim % (2 * self.num_heads):
@@ -81,7 +83,7 @@ class Linear(nn.Linear):
 
 
 class Linear32(nn.Linear):
-    """Computes in float32, whatever dtype the weight is stored in, even under autocast."""
+    """Computes in float32 for any dtype of the weight, even under autocast."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -122,8 +124,8 @@ def unpatchify(x, grid, patch):
 class PatchEmbedding(nn.Conv3d):
     """Latents (B, C, F, h, w) -> tokens (B, L, D), float32.
 
-    The kernel is as large as the stride, so the convolution is one matrix product over the
-    patches. (Some releases of torch fall back to very slow 3-D convolutions in bfloat16.)
+    Kernel and stride are equal, so the convolution is one matrix product over the patches. (Some
+    releases of torch run 3-D convolutions in bfloat16 very slowly.)
     """
 
     def __init__(self, config, bias=True):
@@ -142,9 +144,9 @@ def modulate(x, shift, scale):
 def sinusoids(t, width):
     """t (B,) -> (B, width) float32: cosines, then sines of t / 10000^(i / half).
 
-    float32 keeps few digits of an angle of 1000, and some devices have no float64. So angles are
-    counted in turns: t times the leading 13 bits of a frequency is exact, and its whole turns drop
-    out before the rest is added.
+    For an angle of 1000, float32 keeps few digits after the point, and some devices have no
+    float64. So angles are counted in turns. A whole t times the leading 13 bits of a frequency is
+    exact. Whole turns are removed from this product before the rest is added.
     """
     half = width // 2
     frequencies = 10000.0 ** (-torch.arange(half).double() / half) / (2 * math.pi)  # turns per t
@@ -162,7 +164,7 @@ def sinusoids(t, width):
 def rope_table(grid, head_dim, first_frame=0):
     """cos and sin for a grid (f, h, w) of tokens, each (f*h*w, 1, d/2), float32.
 
-    Each axis turns a third of the channels. The remainder goes to time: 44 + 42 + 42 of 128.
+    Each axis rotates a third of the channels. Time takes the remainder too: 44 + 42 + 42 of 128.
     """
     positions = torch.cartesian_prod(*map(torch.arange, grid)).double()  # (L, 3)
     positions[:, 0] += first_frame
@@ -217,8 +219,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward.
 
-    The timestep shifts, scales and gates the first and the last. The names are the official ones:
-    norm3 comes second, norm2 third.
+    The timestep shifts, scales and gates self-attention and feed-forward, not cross-attention.
+    Names are official: norm3 comes second, norm2 third.
     """
 
     def __init__(self, config):
@@ -235,9 +237,9 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
-    def forward(self, x, e, context, cos, sin):
-        """x (B, L+R, D) and e (B, 6, D) float32, context (B, Q, D) -> (B, L+R, D) float32."""
-        modulation = (self.modulation.float() + e).chunk(6, dim=1)  # 6 x (B, 1, D)
+    def forward(self, x, t_projection, context, cos, sin):
+        """x (B, L+R, D) and t_projection (B, 6, D) float32, context (B, Q, D) -> like x."""
+        modulation = (self.modulation.float() + t_projection).chunk(6, dim=1)  # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1 * self.self_attn(modulate(self.norm1(x), shift1, scale1), rope=(cos, sin))
         x = x + self.cross_attn(self.norm3(x), context)
@@ -253,15 +255,15 @@ class Head(nn.Module):
         self.head = Linear32(config.dim, math.prod(config.patch_size) * config.out_dim)
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
-    def forward(self, x, e):
-        """x (B, L, D), e (B, D): the time embedding itself, where blocks get its projection."""
-        shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)
+    def forward(self, x, t_embedding):
+        """x (B, L, D), t_embedding (B, D): not projected, unlike the one of the blocks."""
+        shift, scale = (self.modulation.float() + t_embedding[:, None]).chunk(2, dim=1)
         return self.head(modulate(self.norm(x), shift, scale))
 
 
 @dataclass
 class Condition:
-    """What all steps of one edit have in common. `WanDiT.condition` makes it."""
+    """Inputs that all steps of one edit share. `WanDiT.condition` computes them."""
 
     context: torch.Tensor  # (B, Q, D)
     rope: tuple  # cos and sin, (L+R, 1, d/2) each
@@ -270,7 +272,7 @@ class Condition:
 
 
 class WanDiT(nn.Module):
-    """The velocity of noisy latents, given an instruction, a source and references.
+    """Predicts the velocity of noisy latents from an instruction, a source and references.
 
     Without `config.source_embedding` the tensors are exactly those of the official checkpoint.
     """
@@ -308,20 +310,20 @@ class WanDiT(nn.Module):
             x = x + sigma * condition.source  #                                      (B, L, D)
         if condition.references is not None:
             x = torch.cat([x, condition.references], dim=1)  #                       (B, L+R, D)
-        e = self.time_embedding(sinusoids(t, self.config.freq_dim))  #               (B, D)
-        projection = self.time_projection(e).unflatten(1, (6, -1))  #                (B, 6, D)
+        t_embedding = self.time_embedding(sinusoids(t, self.config.freq_dim))  #     (B, D)
+        t_projection = self.time_projection(t_embedding).unflatten(1, (6, -1))  #    (B, 6, D)
         for block in self.blocks:
-            x = block(x, projection, condition.context, *condition.rope)  #          (B, L+R, D)
-        v = self.head(x[:, :L], e)  #                                                (B, L, pqrC)
+            x = block(x, t_projection, condition.context, *condition.rope)  #        (B, L+R, D)
+        v = self.head(x[:, :L], t_embedding)  #                                      (B, L, pqrC)
         v = unpatchify(v, self.grid(z.shape), self.config.patch_size)  #             (B, C, F, h, w)
         return v.type_as(z)
 
     def condition(self, context, shape, source=None, references=()):
-        """Embeds what stays the same in all steps of an edit.
+        """Computes the inputs that all steps of an edit share; none depends on z or t.
 
         Args:
-            context: (B, Q, text_dim), from the connector. Guidance is a batch of two.
-            shape: of z, (B, C, F, h, w).
+            context: (B, Q, text_dim), from the connector. With guidance B is 2.
+            shape: shape of z, (B, C, F, h, w).
             source: None or latents (B or 1, C, F, h, w), on the grid of z.
             references: latents (B or 1, C, 1, h', w') of any sizes.
 
@@ -335,7 +337,7 @@ class WanDiT(nn.Module):
         tables = [rope_table(grid, head_dim, first_frame=frame)]
         tokens = []
         embed = self.reference_embedding or self.patch_embedding
-        for i, reference in enumerate(references):  # each counts as one more frame
+        for i, reference in enumerate(references):  # each is one frame in time
             frame = i if self.config.references_first else grid[0] + i
             tables.append(rope_table(self.grid(reference.shape), head_dim, first_frame=frame))
             tokens.append(embed(reference).expand(shape[0], -1, -1))
@@ -348,13 +350,16 @@ class WanDiT(nn.Module):
         )
 
     def embed_source(self, source):
-        """A patch embedding is linear. Without its bias, adding tokens is adding latents."""
+        """Tokens of the source, without the bias, which the tokens of z already contain.
+
+        A patch embedding is linear, so adding these tokens is the same as adding latents.
+        """
         if self.source_embedding is None:
             return self.patch_embedding(source, use_bias=False)
         return self.source_embedding(source)
 
     def add_source_embedding(self):
-        """Gives the source an embedding of its own. It starts as a copy, so nothing changes yet."""
+        """Gives the source a separate embedding, a copy at first, so that nothing changes yet."""
         if self.source_embedding is None:
             with torch.device("meta"):
                 self.source_embedding = PatchEmbedding(self.config, bias=self.config.source_bias)
@@ -369,7 +374,7 @@ class WanDiT(nn.Module):
         return tuple(size // patch for size, patch in zip(shape[2:], self.config.patch_size))
 
     def initialize(self):
-        """Wan's own start, for training from nothing: Xavier, small embeddings, a zero head."""
+        """Wan's initial weights, to train from scratch: Xavier, small embeddings, zero head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -388,24 +393,24 @@ class WanDiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None, blocks=True):
-        """A checkpoint with official or diffusers names: a file, or a folder with its files.
+        """Loads a checkpoint with official or diffusers names: a file or a folder.
 
-        dtype None keeps what is stored. With a dtype, the tensors that the official code runs in
-        float32 (1.3 % of the 14B) become float32 all the same. `blocks=False` leaves the blocks
-        without weights, on the meta device. Raises FileNotFoundError or ValueError.
+        dtype None keeps the stored dtypes. With a dtype, the tensors that the official code runs in
+        float32 (1.3 % of the 14B) still become float32. `blocks=False` leaves the blocks without
+        weights, on the meta device. Raises FileNotFoundError or ValueError.
         """
         tensors = read_tensors(path)
         config = read_config(path)
         if config.num_layers > len(tensors):
             raise ValueError(f"{path} has too few tensors for {config.num_layers} layers")
-        for name, tensor in tensors.items():  # one by one, never two copies of the model
+        for name, tensor in tensors.items():  # one by one: never two copies of the model
             home = device if blocks or not name.startswith("blocks.") else "meta"
             tensors[name] = tensor.to(home, stored_dtype(name, tensor.dtype, dtype))
         try:
             with torch.device("meta"):
                 model = cls(config)
             model.load_state_dict(tensors, assign=True)
-        except (RuntimeError, TypeError) as error:  # it names what is missing or does not fit
+        except (RuntimeError, TypeError) as error:  # it names the tensors at fault
             raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
         return model
 
@@ -421,11 +426,12 @@ class WanDiT(nn.Module):
         for name, tensor in self.state_dict().items():
             stored = stored_dtype(name, tensor.dtype, dtype)
             tensors[name] = tensor.detach().to("cpu", stored).contiguous()
-        # By way of another name: the tensors may be mapped from the file that is there.
+        # Write to another name first: the tensors may be mapped from the existing file.
         partial = folder / "model.safetensors.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.copymode(folder / "config.json", partial)  # safetensors makes it private
+        # safetensors makes its files readable by the owner only.
+        shutil.copymode(folder / "config.json", partial)
         os.replace(partial, folder / "model.safetensors")
 
 
@@ -437,7 +443,7 @@ CONFIG_KEYS = {
     "num_attention_heads": "num_heads",
 }
 
-# diffusers name -> official name, applied in this order. Its norm2 is the official norm3.
+# diffusers name -> official name, applied in this order. diffusers' norm2 is norm3.
 RENAMES = {
     "condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
     "condition_embedder.time_embedder.linear_2.": "time_embedding.2.",
@@ -460,7 +466,7 @@ RENAMES = {
 
 
 def official_name(name):
-    """Official names pass unchanged: none of them contains a piece of diffusers' names."""
+    """Official names stay unchanged: none of them contains a key of RENAMES."""
     for theirs, official in RENAMES.items():
         name = name.replace(theirs, official)
     return name
@@ -478,8 +484,8 @@ def check_shapes(dit, context, shape, source, references):
     B, C, *size = shape
     patch = dit.config.patch_size
     width = dit.config.dim if isinstance(dit.text_embedding, nn.Identity) else dit.config.text_dim
-    cut = len(size) == 3 and all(length and not length % p for length, p in zip(size, patch))
-    if C != dit.config.in_dim or not cut:
+    divisible = len(size) == 3 and all(length and not length % p for length, p in zip(size, patch))
+    if C != dit.config.in_dim or not divisible:
         raise ValueError(
             f"z is {tuple(shape)}, not (B, {dit.config.in_dim}, F, h, w) in patches {patch}"
         )
@@ -488,8 +494,13 @@ def check_shapes(dit, context, shape, source, references):
     if source is not None and tuple(source.shape) not in (tuple(shape), (1, C, *size)):
         raise ValueError(f"source is {tuple(source.shape)}, not like z, {tuple(shape)}")
     for z in references:
-        cut = all(length and not length % p for length, p in zip(z.shape[3:], patch[1:]))
-        if z.ndim != 5 or z.shape[0] not in (1, B) or z.shape[1:3] != (C, patch[0]) or not cut:
+        divisible = all(length and not length % p for length, p in zip(z.shape[3:], patch[1:]))
+        if (
+            z.ndim != 5
+            or z.shape[0] not in (1, B)
+            or z.shape[1:3] != (C, patch[0])
+            or not divisible
+        ):
             raise ValueError(
                 f"a reference is {tuple(z.shape)}, not one frame ({B} or 1, {C}, 1, h, w)"
             )
@@ -519,7 +530,7 @@ def checkpoint_files(path):
 
 
 def read_json(file):
-    """The object in a JSON file. ValueError names the file."""
+    """Reads the object in a JSON file. Raises ValueError with the file's name."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
@@ -527,7 +538,7 @@ def read_json(file):
 
 
 def read_config(path):
-    """WanDiTConfig from an official or diffusers config.json; the released 14B without one."""
+    """Reads an official or diffusers config.json. Without a file, returns the 14B's config."""
     path = Path(path)
     file = (path.parent if path.is_file() else path) / "config.json"
     if not file.exists():
@@ -547,7 +558,7 @@ def read_config(path):
 
 
 def read_tensors(path, prefix=""):
-    """{official name: tensor} of all names with this prefix, mapped from the files, not read."""
+    """{official name: tensor} of all names with this prefix, memory-mapped."""
     tensors = {}
     for file in checkpoint_files(path):
         try:
@@ -564,14 +575,14 @@ def read_tensors(path, prefix=""):
 
 
 def step_flops(config, tokens, queries):
-    """FLOPs of one step: matrix products only, two for each multiplication."""
+    """FLOPs of one step: matrix products only, two per multiply-add."""
     D = config.dim
     products = 6 * D * D + 2 * D * config.ffn_dim  # one token: q k v o, the context's q and o, ffn
     return 2 * tokens * config.num_layers * (products + 2 * D * (tokens + queries))
 
 
 def main():
-    """Prints what the presets cost, and the shapes of one step."""
+    """Prints the costs of the presets, and the shapes of one step."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument(
         "folder", nargs="?", help="checkpoint; the tiny preset at random without one"

@@ -1,20 +1,21 @@
-"""Qwen2.5-VL by hand: it sees the pictures, reads the instruction, carries the learnable queries.
+"""Qwen2.5-VL in plain PyTorch: from pictures, words and learnable queries to hidden states.
 
     pictures ─► patches ─► vision tower ─► one embedding per 2x2 patches ─┐
     words ─► token embeddings ────────────────────────────────────────────┴► + queries ─► decoder
 
-What is unusual, beside an ordinary vision-language model:
-- Vision attention is local, in windows of 112 pixels; 4 of the 32 blocks see the whole frame. No
-  block sees two frames of a clip at once (beyond the 2 frames of a patch).
-- Positions have three axes: time, row and column (M-RoPE). Text counts all three up together. Time
-  is in seconds.
-- `forward` returns hidden states, not logits. The editor keeps those at the queries, which stand
-  after the last token as if they were text. `lm_head` and `generate` make it a chat model.
-- LoRA adapts the language model only, under the names that PEFT writes.
+Notable details, compared with an ordinary vision-language model:
+- Vision attention is local, in windows of 112x112 pixels. 4 of the 32 blocks see the whole frame.
+  A patch spans 2 frames, and no block sees more of a clip than these 2 at once.
+- Positions have three axes: time, row and column (M-RoPE). A text token advances all three
+  together. In a clip the time axis follows the seconds.
+- `forward` returns hidden states, not logits. The editor keeps those at the queries. Queries follow
+  the last token and take the positions of text there. `lm_head` and `generate` make a chat model.
+- LoRA adapts the language model only. Its tensors have PEFT's names.
 
-From the Qwen2.5-VL report (arXiv 2502.13923) and its release in transformers 4.49, with whose
-positions it was trained. Later versions place the text after a clip differently: 4.56 rounds the
-seconds per frame down first, and 5.x ignores the time axis. Parameter names are the official ones.
+Sources: the Qwen2.5-VL report (arXiv 2502.13923) and its release in transformers 4.49. The model
+was trained with the positions of that release. Later versions place text after a clip differently:
+4.56 first rounds the seconds per frame down, 5.x ignores the time axis. Parameter names are
+official.
 
 Letters: B batch, L prompt tokens, Q queries, T = L + Q, D width, N patches, H heads, G key heads,
 d head width.
@@ -43,7 +44,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower of the 3B and the 7B, which differ in `out_hidden_size` alone."""
+    """The vision tower of the 3B and the 7B. Only their `out_hidden_size` differs."""
 
     depth: int = 32
     hidden_size: int = 1280
@@ -97,11 +98,11 @@ class Qwen2_5_VLConfig:
 
     @classmethod
     def from_dict(cls, raw):
-        """Reads the hub's config.json, and the nested one of newer exports. ValueError."""
+        """Reads the hub's config.json, flat or nested as in newer exports. Raises ValueError."""
         return config_from_dict(raw)
 
     def to_dict(self):
-        """The hub's config.json."""
+        """The entries of the hub's config.json."""
         return config_to_dict(self)
 
 
@@ -133,7 +134,7 @@ PRESETS = {
 
 def attention(q, k, v, mask=None, causal=False):
     """q (B, T, H, d), k and v (B, S, G, d), mask (B, 1, 1 or T, S) True where seen -> like q."""
-    if k.shape[2] != q.shape[2]:  # spelled out: not every SDPA kernel takes fewer key heads
+    if k.shape[2] != q.shape[2]:  # explicit: not every SDPA kernel takes fewer key heads
         k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
         v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -153,7 +154,10 @@ def frequencies(width, theta, device):
 
 
 class RMSNorm(nn.Module):
-    """Normalises in float32; the gain multiplies the result rounded to x's dtype, as released."""
+    """Normalises in float32, since a mean of squares loses digits in bfloat16.
+
+    As released, the result is rounded to x's dtype before the gain multiplies it.
+    """
 
     def __init__(self, width, eps=1e-6):
         super().__init__()
@@ -167,7 +171,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward layer of both towers; that of the vision tower has biases."""
+    """The feed-forward layer of vision tower and decoder. Only the vision tower has biases."""
 
     def __init__(self, width, inner, bias):
         super().__init__()
@@ -179,18 +183,18 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# The vision tower. Patches of all pictures stand in one row, in the order of the checkpoint: frame
-# by frame, merged patches in raster order, and inside each its 2x2 patches.
+# The vision tower. The patches of all pictures form one sequence, in the checkpoint's order: frame
+# by frame, then merged patches in raster order, then the 2x2 patches of each.
 
 
 def patch_layout(grids, config):
-    """Where every patch stands.
+    """Computes the row, column and window slot of each patch.
 
     Args:
-        grids: list of (frames, rows, columns), in patches, of each picture.
+        grids: list of (frames, rows, columns) of each picture, in patches.
 
-    Returns rows and columns (N,), and each patch's slot (N,): windows hold `capacity` patches, and
-    those at the edges of a picture leave some of their slots empty. Also (slots, capacity).
+    Returns rows, columns and slots, (N,) each, and (windows, capacity). A window has `capacity`
+    slots. At the edges of a picture some slots stay empty.
     """
     merge = config.spatial_merge_size
     side = config.window_size // merge // config.patch_size  # of a window, in merged patches
@@ -212,8 +216,8 @@ def patch_layout(grids, config):
 class PatchEmbed(nn.Module):
     """Patches (N, channels * frames * pixels) -> (N, width).
 
-    The weight is that of the convolution that would also cut the patches. They are cut already, so
-    one matrix product does it.
+    The weight is that of a convolution that also cuts the patches. Here they are already cut, so
+    one matrix product is enough.
     """
 
     def __init__(self, config):
@@ -226,7 +230,7 @@ class PatchEmbed(nn.Module):
 
 
 class FrameAttention:
-    """Every patch sees its whole frame."""
+    """Each patch attends to its whole frame."""
 
     def __init__(self, grids):
         self.grids = grids
@@ -242,7 +246,7 @@ class FrameAttention:
 
 
 class WindowAttention:
-    """Every patch sees its window."""
+    """Each patch attends to its window."""
 
     def __init__(self, slots, shape):
         self.slots, self.shape = slots, shape  # shape: (windows, capacity)
@@ -262,7 +266,7 @@ class WindowAttention:
 
 
 class VisionAttention(nn.Module):
-    """x (N, width), rope: cos and sin (N, 1, d/2), attend: who sees whom -> (N, width)."""
+    """x (N, width), rope: cos and sin (N, 1, d/2), attend: one of the above -> (N, width)."""
 
     def __init__(self, config):
         super().__init__()
@@ -307,7 +311,7 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches of any number of pictures -> embeddings that stand among those of words."""
+    """Patches of any number of pictures -> embeddings for the language model."""
 
     def __init__(self, config):
         super().__init__()
@@ -317,7 +321,7 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
 
     def rope(self, rows, columns):
-        """(N,) rows and columns -> cos and sin (N, 1, d/2): half turns with each."""
+        """(N,) rows and columns -> cos and sin (N, 1, d/2), half of the pairs for each."""
         head_dim = self.config.hidden_size // self.config.num_heads
         speed = frequencies(head_dim // 2, 10000.0, rows.device)
         angles = torch.cat([rows[:, None] * speed, columns[:, None] * speed], dim=-1)[:, None]
@@ -340,7 +344,7 @@ class VisionTower(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal, with fewer heads of keys than of queries (GQA). Only q, k and v have biases."""
+    """Causal attention with fewer key heads than query heads (GQA). q, k and v have biases."""
 
     def __init__(self, config):
         super().__init__()
@@ -355,7 +359,7 @@ class Attention(nn.Module):
         q = rotate(self.heads(self.q_proj(x)), *rope)  # (B, T, H, d)
         k = rotate(self.heads(self.k_proj(x)), *rope)  # (B, T, G, d)
         v = self.heads(self.v_proj(x))  # (B, T, G, d)
-        if cache is not None:  # a dict in which each layer finds its own past
+        if cache is not None:  # a dict: layer -> its past keys and values
             if self in cache:
                 past_k, past_v = cache[self]
                 k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
@@ -389,14 +393,14 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Zeros, because nn.Embedding's own start takes seconds, on the meta device too.
+        # Zeros: nn.Embedding's own initialisation takes seconds, on the meta device too.
         table = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rope(self, positions):
-        """(3, B, T) positions -> cos and sin (B, T, 1, d/2). Each pair of channels has its axis."""
+        """(3, B, T) positions -> cos and sin (B, T, 1, d/2). Each channel pair follows one axis."""
         config = self.config
         speed = frequencies(config.head_dim, config.rope_theta, positions.device)
         sections = torch.tensor(config.mrope_section)
@@ -407,7 +411,7 @@ class Decoder(nn.Module):
     def forward(self, x, positions, mask=None, cache=None):
         """x (B, T, D), positions (3, B, T), mask (B, 1, T, T) or None for causal -> (B, T, D).
 
-        cache: a dict that this fills and reads; after a prompt, one token at a time.
+        cache: a dict that each call reads and extends. After the prompt, a call takes one token.
         """
         rope = self.rope(positions.to(x.device))
         for layer in self.layers:
@@ -416,12 +420,12 @@ class Decoder(nn.Module):
 
 
 def mrope_positions(ids, images, videos, config):
-    """Positions of one row of token ids (a list without padding) -> (3, L) int64.
+    """Positions (3, L) int64 of one prompt, a list of token ids without padding.
 
     images, videos: iterators of (t, h, w, seconds per t), h and w in merged patches. A text token
-    has one index on all axes. A picture starts after the largest index so far and spans (time, h,
-    w). Text after it starts after its largest index on any axis. ValueError if the grids do not
-    fit.
+    has the same index on all axes. A picture starts after the largest index so far and spans
+    (time, h, w). Text after it starts after its largest index on any axis. Raises ValueError if
+    the grids do not fit.
     """
     pictures = {config.image_token_id: images, config.video_token_id: videos}
     blocks, start, i = [], 0, 0
@@ -430,7 +434,7 @@ def mrope_positions(ids, images, videos, config):
             t, h, w, seconds = next(pictures[ids[i]], (0, 0, 0, 0))
             if not 0 < t * h * w == ids[i : i + t * h * w].count(ids[i]):
                 raise ValueError(f"the vision tokens at {i} do not fit their grid {t} x {h} x {w}")
-            # float32 as released, so that a product just below a whole number rounds alike.
+            # float32 as released: float64 could truncate some products to another integer.
             times = torch.arange(t, dtype=torch.float32) * seconds
             times = (times * config.vision_config.tokens_per_second).long()
             block = torch.cartesian_prod(times, torch.arange(h), torch.arange(w)).T
@@ -448,8 +452,7 @@ def mrope_positions(ids, images, videos, config):
 def left_padding_mask(attention_mask, queries):
     """(B, L) of 0 (padding) and 1 -> (B, 1, T, T), True where seen; None if nothing is padded.
 
-    A padding token sees itself: with nothing to see its softmax would be NaN, and NaN would
-    spread.
+    A padding token sees itself. Its softmax over nothing would be NaN, and NaN would spread.
     """
     real = attention_mask.bool().cpu()
     if real.all():
@@ -463,7 +466,7 @@ def left_padding_mask(attention_mask, queries):
 
 
 class TiedHead(nn.Module):
-    """Logits by the word embeddings. The tuple keeps the weight under its one official name."""
+    """Logits from the word embeddings. The tuple hides their weight from state_dict()."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -502,13 +505,13 @@ class Qwen2_5_VL(nn.Module):
         Args:
             input_ids: (B, L) int64, on the CPU, where the positions are computed.
             attention_mask: (B, L), 0 for padding, which must be on the left.
-            pixel_values, pixel_values_videos: (N, 1176) patches of the images and of the videos of
-                all rows in turn; or those of one row, if every row shows the same.
+            pixel_values, pixel_values_videos: (N, 1176) patches of the images and of the videos,
+                row after row. If all rows show the same pictures, those of one row are enough.
             image_grid_thw, video_grid_thw: (n, 3) their frames, rows and columns in patches.
-            second_per_grid_ts: (n videos,) seconds from one temporal patch to the next, or 1.0.
-            queries: (Q, D) or (B, Q, D) embeddings to stand after the last token.
+            second_per_grid_ts: (n videos,) seconds from one temporal patch to the next; None: 1.0.
+            queries: (Q, D) or (B, Q, D) embeddings that follow the last token.
 
-        Raises ValueError where tokens, pictures, grids or the mask do not fit each other.
+        Raises ValueError if tokens, pictures, grids and mask do not fit each other.
         """
         count = 0 if queries is None else queries.shape[-2]
         mask = None if attention_mask is None else left_padding_mask(attention_mask, count)
@@ -522,23 +525,23 @@ class Qwen2_5_VL(nn.Module):
         return self.model(x, positions, mask)  #                                 (B, L + Q, D)
 
     def embed(self, input_ids, images=None, videos=None, image_grids=None, video_grids=None):
-        """Word embeddings (B, L, D), with those of the pictures in place of their tokens."""
+        """Word embeddings (B, L, D), with picture embeddings at the picture tokens."""
         x = self.words(input_ids)
         for patches, grids, token in (
             (images, image_grids, self.config.image_token_id),
             (videos, video_grids, self.config.video_token_id),
         ):
-            places = (input_ids.cpu().flatten() == token).nonzero()[:, 0]
+            index = (input_ids.cpu().flatten() == token).nonzero()[:, 0]
             if patches is None:
-                seen = x.new_zeros(0, x.shape[-1])
+                vision = x.new_zeros(0, x.shape[-1])
             else:
                 check_patches(patches, grids, self.config.vision_config)
-                seen = self.visual(patches.to(x.device), grid_list(grids)).type_as(x)  # (N/4, D)
-            if len(places) == len(x) * len(seen):
-                seen = seen.repeat(len(x), 1)  # every row shows the same pictures
-            if len(places) != len(seen):
-                raise ValueError(f"{len(places)} tokens of id {token}, but {len(seen)} embeddings")
-            x = x.flatten(0, 1).index_copy(0, places.to(x.device), seen).view_as(x)
+                vision = self.visual(patches.to(x.device), grid_list(grids)).type_as(x)  # (N/4, D)
+            if len(index) == len(x) * len(vision):
+                vision = vision.repeat(len(x), 1)  # every row shows the same pictures
+            if len(index) != len(vision):
+                raise ValueError(f"{len(index)} tokens of id {token}, but {len(vision)} embeddings")
+            x = x.flatten(0, 1).index_copy(0, index.to(x.device), vision).view_as(x)
         return x
 
     def words(self, ids):
@@ -556,7 +559,7 @@ class Qwen2_5_VL(nn.Module):
         second_per_grid_ts=None,
         queries=0,
     ):
-        """(3, B, L + queries) int64. Queries count on as text does; padding gets 0."""
+        """(3, B, L + queries) int64. Queries get the positions of further text, padding 0."""
         merge = self.config.vision_config.spatial_merge_size
         video_grids = grid_list(video_grid_thw)
         seconds = [1.0] * len(video_grids)
@@ -580,7 +583,7 @@ class Qwen2_5_VL(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs, processor, max_new_tokens=128):
-        """Answers one prompt with the likeliest tokens, up to the end of the turn -> text."""
+        """Decodes one prompt greedily, up to the end of the turn -> text."""
         prompt, pictures = inputs["input_ids"], dict(inputs)
         if len(prompt) != 1:
             raise ValueError(f"generate takes one prompt, not a batch of {len(prompt)}")
@@ -603,7 +606,7 @@ class Qwen2_5_VL(nn.Module):
         return processor.tokenizer.decode(answer, skip_special_tokens=True)
 
     def initialize(self):
-        """N(0, 0.02) and zero biases, the family's start, for training from nothing."""
+        """Qwen's initial weights, to train from scratch: N(0, 0.02), zero biases."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -613,16 +616,16 @@ class Qwen2_5_VL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None, blocks=True, config=None):
-        """A folder with config.json and safetensors (one file, or an index of shards), or one file.
+        """Loads a safetensors file, or a folder with config.json and one file or indexed shards.
 
-        dtype None keeps what is stored. `config`: the config.json, if it lies elsewhere; without
-        one it is the 3B. `blocks=False` leaves the blocks of both towers without weights, on the
-        meta device. FileNotFoundError or ValueError.
+        dtype None keeps the stored dtypes. `config`: path of a config.json elsewhere. Without any
+        config.json the config is the 3B's. `blocks=False` leaves the blocks of both towers without
+        weights, on the meta device. Raises FileNotFoundError or ValueError.
         """
         return load_model(cls, path, device, dtype, blocks, config)
 
     def save_pretrained(self, folder):
-        """Writes config.json, in the hub's layout, and model.safetensors. ValueError with LoRA."""
+        """Writes config.json (hub layout), model.safetensors. Raises ValueError with LoRA."""
         save_model(self, folder)
 
 
@@ -633,12 +636,12 @@ PEFT_PREFIX = "base_model.model."
 class LoRALinear(nn.Linear):
     """y = W x + b + alpha/rank * B A x (arXiv 2106.09685).
 
-    B starts at zero, so nothing changes before training. A and B are float32 whatever W is,
-    because steps of 1e-5 vanish in bfloat16 weights.
+    B starts at zero, so training starts from the unchanged model. A is random, so B has a gradient.
+    A and B are float32 for any dtype of W, because steps of 1e-5 vanish in bfloat16 weights.
     """
 
     def __init__(self, linear, rank, alpha, device=None):
-        nn.Module.__init__(self)  # not Linear's: the weight is taken over, not made
+        nn.Module.__init__(self)  # not Linear's: no new weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.alpha = rank, alpha
@@ -653,7 +656,7 @@ class LoRALinear(nn.Linear):
         return y + (update * (self.alpha / self.rank)).type_as(y)
 
     def merged(self):
-        """The plain Linear that computes the same."""
+        """A plain Linear with the same function."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         update = self.lora_B.weight.float() @ self.lora_A.weight.float() * (self.alpha / self.rank)
         weight = (self.weight.float() + update).type_as(self.weight)
@@ -669,8 +672,8 @@ def lora_layers(model):
 def add_lora(model, rank=64, alpha=64, targets=LORA_TARGETS):
     """Wraps the targeted layers of the language model and freezes everything else.
 
-    The vision tower has some of these names and stays as it is. Raises ValueError for a rank below
-    1, a target that no layer has, or a model that has LoRA already.
+    The vision tower has layers of the same names; they stay as they are. Raises ValueError for a
+    rank below 1, a target that no layer has, or a model that has LoRA already.
     """
     layers = [(n, m) for n, m in model.model.named_modules() if isinstance(m, nn.Linear)]
     unknown = set(targets) - {name.split(".")[-1] for name, _ in layers}
@@ -692,11 +695,11 @@ def lora_state_dict(model):
 
 
 def load_lora(model, tensors):
-    """Fills the LoRA that add_lora made, from {PEFT's name: tensor}. ValueError unless all fit."""
+    """Loads {PEFT's name: tensor} into the LoRA of add_lora. Raises ValueError unless all fit."""
     tensors = {official_name(name.removeprefix(PEFT_PREFIX)): t for name, t in tensors.items()}
-    own = {name: t for name, t in model.state_dict().items() if ".lora_" in name}
-    for name in sorted(own.keys() | tensors.keys()):
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape:
+    lora = {name: t for name, t in model.state_dict().items() if ".lora_" in name}
+    for name in sorted(lora.keys() | tensors.keys()):
+        if name not in lora or name not in tensors or lora[name].shape != tensors[name].shape:
             raise ValueError(
                 f"the LoRA does not fit the model: {name} is missing, unexpected or of "
                 "another shape"
@@ -721,7 +724,7 @@ CHAT_PROMPT = "You are a helpful assistant."  # the chat template's own system p
 def smart_resize(height, width, factor, min_pixels, max_pixels):
     """The nearest size with sides in multiples of `factor` and an area within the bounds.
 
-    The aspect ratio is almost kept. ValueError for a side more than 200 times the other.
+    The aspect ratio is nearly kept. Raises ValueError if it is beyond 200 to 1.
     """
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"a picture of {width}x{height} is too narrow: sides of at most 200 to 1")
@@ -738,7 +741,7 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
 
 
 def to_pil(picture):
-    """A PIL image or uint8 (H, W, 3) array -> RGB PIL image. ValueError for anything else."""
+    """A PIL image or uint8 (H, W, 3) array -> RGB PIL image. Raises ValueError."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     array = np.asarray(picture)
@@ -748,7 +751,7 @@ def to_pil(picture):
 
 
 def resize_by_torch(frame, height, width):
-    """Bicubic, as torchvision does it: a little off from Pillow's."""
+    """Bicubic as in torchvision, which differs slightly from Pillow's."""
     pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float()
     size = (height, width)
     pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
@@ -764,8 +767,8 @@ RESIZERS = {
 class Processor:
     """The official chat template, resizing and patches.
 
-    The settings are those of preprocessor_config.json. `max_pixels` of a picture or frame decides
-    memory and time: 28x28 pixels become one token; in a clip, 28x28 pixels of two frames.
+    The settings are those of preprocessor_config.json. `max_pixels` bounds a picture or frame, and
+    so memory and time. One token covers 28x28 pixels; in a clip, those of two frames.
     """
 
     def __init__(
@@ -814,15 +817,15 @@ class Processor:
         Args:
             instruction: text; may be empty.
             image: the source, a PIL image or uint8 (H, W, 3).
-            video: or else the source, uint8 (T, H, W, 3), at `fps` frames per second.
-            references: pictures, each as `image`, of any sizes.
-            system: the system prompt; None for the chat template's own.
-            frame_pixels, reference_pixels: larger frames of a video, larger references are scaled
-                down to it; None for `max_pixels`.
-            frame_resizes: ("pillow" or "torch", factor, min_pixels, max_pixels) of each scaling
-                of the frames before that.
-            source_first: the source stands before the instruction, and the user's turn stays open
-                for the queries.
+            video: the source as a clip instead, uint8 (T, H, W, 3), at `fps` frames per second.
+            references: pictures like `image`, of any sizes.
+            system: the system prompt; None: that of the chat template.
+            frame_pixels, reference_pixels: larger frames of a clip, or larger references, are
+                scaled down to this area; None: `max_pixels`.
+            frame_resizes: scalings of the frames before that, each
+                ("pillow" or "torch", factor, min_pixels, max_pixels).
+            source_first: the source precedes the instruction, and the user's turn stays open for
+                the queries.
 
         Returns a dict of CPU tensors for Qwen2_5_VL.forward, batch 1. Raises ValueError.
         """
@@ -864,7 +867,7 @@ class Processor:
         return {"input_ids": torch.tensor([ids]), **inputs}
 
     def turn_end(self):
-        """Token ids of the end of a turn."""
+        """Token ids that end a turn."""
         return [self.ids["<|im_end|>"], *self.encode("\n")]
 
     def vision_ids(self, pad, grid):
@@ -873,7 +876,7 @@ class Processor:
         return [self.ids["<|vision_start|>"], *pads, self.ids["<|vision_end|>"]]
 
     def encode(self, text):
-        """Token ids. ValueError for a special token: words must not open a turn."""
+        """Token ids of words. Raises ValueError for special tokens, which could open a turn."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         special = self.special_ids.intersection(ids)
         if special:
@@ -882,7 +885,7 @@ class Processor:
         return ids
 
     def check_video(self, frames, fps):
-        """The frames as an array. ValueError unless they are (T, H, W, 3) at an fps above 0."""
+        """Frames as an array. Raises ValueError unless they are (T, H, W, 3) with fps above 0."""
         frames = np.asarray(frames)
         if frames.ndim != 4 or not len(frames):
             raise ValueError(f"a video is {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3)")
@@ -896,14 +899,13 @@ class Processor:
         bounds = min(self.min_pixels, max_pixels), max_pixels
         height, width = smart_resize(frames[0].height, frames[0].width, patch * merge, *bounds)
         pixels = np.stack([np.asarray(frame.resize((width, height), BICUBIC)) for frame in frames])
-        last = pixels[-1:].repeat(-len(pixels) % depth, axis=0)  # to fill the last patch
+        last = pixels[-1:].repeat(-len(pixels) % depth, axis=0)  # completes the last patch
         pixels = np.concatenate([pixels, last])
         t, h, w = len(pixels) // depth, height // patch, width // patch
         x = pixels.reshape(t, depth, h // merge, merge, patch, w // merge, merge, patch, 3)
-        x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # 2x2 patches to merge are neighbours
+        x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # the 2x2 patches of a token are adjacent
         x = x.reshape(t * h * w, 3, -1)
-        # A channel has 256 values. They are normalised, with the release's roundings, and looked
-        # up.
+        # Each of the 256 levels is normalised once, with the release's rounding, and looked up.
         levels = (np.arange(256) * (1 / 255)).astype(np.float32)
         channels = []
         for channel, (mean, std) in enumerate(zip(self.image_mean, self.image_std)):
@@ -914,7 +916,7 @@ class Processor:
     def collate(self, prompts, same_pictures=False):
         """Several prompts -> one batch, padded on the left, with an attention_mask.
 
-        same_pictures: all prompts show the same ones, so the vision tower sees them once.
+        same_pictures: all prompts show the same pictures; the vision tower encodes them once.
         """
         length = max(prompt["input_ids"].shape[1] for prompt in prompts)
         padding = [length - prompt["input_ids"].shape[1] for prompt in prompts]
@@ -929,7 +931,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Reads tokenizer.json and preprocessor_config.json. FileNotFoundError or ValueError."""
+        """Reads tokenizer.json, preprocessor_config.json. FileNotFoundError or ValueError."""
         return load_processor(cls, folder)
 
     def save_pretrained(self, folder):
@@ -970,7 +972,7 @@ def load_model(cls, path, device, dtype, blocks, config):
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(tensors, assign=True)
-    except (RuntimeError, TypeError) as error:  # it names what is missing or does not fit
+    except (RuntimeError, TypeError) as error:  # it names the tensors at fault
         raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
     return model.eval()
 
@@ -985,18 +987,19 @@ def save_model(model, folder):
     partial = folder / "model.safetensors.partial"  # the tensors may be mapped from the old file
     save_file(tensors, partial, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
-    shutil.copymode(folder / "config.json", partial)  # safetensors makes it private
+    # safetensors makes its files readable by the owner only.
+    shutil.copymode(folder / "config.json", partial)
     os.replace(partial, folder / "model.safetensors")
 
 
 BLOCKS = ("visual.blocks.", "model.layers.")
 
-# Newer exports put both towers below `model`: their prefix -> the official one.
+# Newer exports nest vision tower and decoder in `model`: their prefix -> official prefix.
 RENAMES = {"model.visual.": "visual.", "model.language_model.": "model."}
 
 
 def official_name(name):
-    """A tensor's name in any export -> its name in the official checkpoint, which is ours."""
+    """A tensor's name in any export -> its official name, which this module uses."""
     for theirs, official in RENAMES.items():
         if name.startswith(theirs):
             return official + name.removeprefix(theirs)
@@ -1004,7 +1007,7 @@ def official_name(name):
 
 
 def read_tensors(path, prefix=""):
-    """{official name: tensor} of all names with this prefix, mapped from the files, not read."""
+    """{official name: tensor} of all names with this prefix, memory-mapped."""
     tensors = {}
     for file in checkpoint_files(path):
         try:
@@ -1044,7 +1047,7 @@ def checkpoint_files(path):
 
 
 def read_json(file):
-    """The object in a JSON file. ValueError names the file."""
+    """Reads the object in a JSON file. Raises ValueError with the file's name."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
@@ -1052,7 +1055,7 @@ def read_json(file):
 
 
 def read_config(path, file=None):
-    """Qwen2_5_VLConfig from the config.json of a checkpoint, or from `file`; the 3B without one."""
+    """Reads the config.json of a checkpoint, or `file`. Without one, returns the 3B's config."""
     path = Path(path)
     file = Path(file or (path.parent if path.is_file() else path) / "config.json")
     if not file.exists():
@@ -1069,7 +1072,7 @@ def config_to_dict(config):
     raw["rope_scaling"] = {"type": "mrope", "mrope_section": list(raw.pop("mrope_section"))}
     vision = raw["vision_config"]
     if vision["tokens_per_second"] == int(vision["tokens_per_second"]):
-        vision["tokens_per_second"] = int(vision["tokens_per_second"])  # 5.x takes no 2.0
+        vision["tokens_per_second"] = int(vision["tokens_per_second"])  # 5.x rejects 2.0
     raw |= {"model_type": "qwen2_5_vl", "hidden_act": "silu"}
     return raw | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
 
@@ -1077,7 +1080,7 @@ def config_to_dict(config):
 def config_from_dict(raw):
     """See Qwen2_5_VLConfig.from_dict.
 
-    ValueError for rotary embeddings or attention that this model does not have.
+    Raises ValueError for rotary embeddings or attention that this model does not have.
     """
     text = {**(raw.get("text_config") or {})}
     text |= {key: value for key, value in raw.items() if value is not None}
@@ -1094,7 +1097,7 @@ def config_from_dict(raw):
 
 
 def config_fields(cls, raw):
-    """The entries of `raw` that are fields of a config class, but for nested configs."""
+    """Entries of `raw` that are fields of a config class, except nested configs."""
     values = {}
     for entry in fields(cls):
         value = raw.get(entry.name)
@@ -1114,7 +1117,7 @@ def grid_list(grid_thw):
 
 
 def check_patches(patches, grids, config):
-    """ValueError unless the patches are those of the grids, cut as the config says."""
+    """Raises ValueError unless number and width of the patches fit grids and config."""
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
     number = sum(t * h * w for t, h, w in grid_list(grids))
     if tuple(patches.shape) != (number, width):

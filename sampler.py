@@ -1,15 +1,15 @@
-"""The flow-matching sampler: how noise becomes a result, and how training makes noise of results.
+"""Flow matching: sampling turns noise into a result, training mixes results with noise.
 
 One straight line joins data x and noise ε: x_σ = (1-σ)x + σε. The model learns its direction,
 v = ε - x (InstructX, section 3.3; Wan2.1, section 4). Sampling walks the line from σ = 1 down to
-0. The network is out of sight here: it is a `velocity(z, t)` with t = 1000σ, because Wan was
+0. The network appears here only as a function `velocity(z, t)`, with t = 1000σ because Wan was
 trained on timesteps from 0 to 1000.
 
-What is unusual: one object serves training and sampling, so both shift σ by the same formula.
-UniPC, Wan's default solver, is written for this one case (it predicts x, B(h) = e^h - 1, order 2):
-a page, not 800 lines.
+Notable details: one object serves training and sampling, so both shift σ by the same formula.
+UniPC, Wan's default solver, covers one case only (it predicts x, B(h) = e^h - 1, order 2): one
+page instead of 800 lines.
 
-    python sampler.py     # the error of both solvers by steps, with an exact velocity of two moons
+    python sampler.py     # errors of both solvers, with the exact velocity of two moons
 """
 
 import argparse
@@ -22,12 +22,12 @@ class FlowSampler:
     """Schedule, solver and noise of flow matching.
 
     Args:
-        steps: calls of the model in one run (with guidance each is a batch of two).
-        shift: s in σ' = sσ / (1 + (s-1)σ). Larger pictures need more noise to lose their layout,
-            so more of the steps: 5 for video sizes, 3 for small images.
+        steps: model calls in one run. With guidance each call is a batch of two.
+        shift: s in σ' = sσ / (1 + (s-1)σ). Larger pictures lose their layout only at higher noise,
+            so more of the steps go there: 5 for video sizes, 3 for small images.
         solver: "unipc", second order, Wan's default; or "euler", first order.
 
-    Raises ValueError for values that make no schedule.
+    Raises ValueError for unusable arguments.
     """
 
     def __init__(self, steps=50, shift=5.0, solver="unipc"):
@@ -46,19 +46,19 @@ class FlowSampler:
     def sigmas(self):
         """(steps + 1,) float64, from almost 1 down to exactly 0.
 
-        As in Wan's own solver: evenly spaced from 0.999 to 0, without that end, then shifted; then
-        0. diffusers differs: its UniPC spaces from 1 to 0.001, without that end, and its Euler
-        from 1 to the shifted 0.001, with that end. Wan also rounds t down to a whole number for
-        the model; here t is 1000σ as it is.
+        As in Wan's own solver, `steps` evenly spaced values from 0.999 down to 0, without the 0,
+        are shifted, and then 0 is appended. diffusers differs: UniPC goes from 1 to 0.001 without
+        the 0.001, Euler from 1 to the shifted 0.001 inclusive. Wan also rounds t down to a whole
+        number for the model. Here t is exactly 1000σ.
         """
         even = torch.linspace(0.999, 0, self.steps + 1, dtype=torch.float64)[:-1]
         return torch.cat([self.shifted(even), torch.zeros(1, dtype=torch.float64)])
 
     def sample(self, velocity, noise, progress=None):
-        """Walks from `noise` (B, ...), best in float32, to a result of the same shape.
+        """Walks from `noise` (B, ...), preferably float32, to a result of the same shape.
 
-        velocity(z, t) -> v like z, with t (B,) in [0, 1000], float32. `progress(steps done)` is
-        called after each step.
+        velocity(z, t) -> v like z, with t (B,) in [0, 1000], float32. After each step `progress`
+        is called with the number of steps done.
         """
         sigmas = self.sigmas()
         step = UniPC(sigmas) if self.solver == "unipc" else Euler(sigmas)
@@ -82,12 +82,12 @@ class FlowSampler:
         return (1 - sigma) * x + sigma * noise
 
     def target(self, x, noise):
-        """The velocity, which is the same all along the line from x to noise."""
+        """The velocity, constant along the line from x to noise."""
         return noise - x
 
 
 class Euler:
-    """One step along the velocity. Exact if the path were straight."""
+    """One step along the velocity, exact on a straight path."""
 
     def __init__(self, sigmas):
         self.sigmas = sigmas.tolist()
@@ -99,19 +99,20 @@ class Euler:
 class UniPC:
     """Second-order UniPC (arXiv 2302.04867) for flow matching.
 
-    A predictor, and a corrector that needs no further call of the model. With λ = log((1-σ)/σ) and
-    x = z - σv, the data as the model guesses them, a step from σ to τ is exactly
+    A step has a predictor and a corrector. The corrector needs no further call of the model.
+    Let λ = log((1-σ)/σ), and let x = z - σv be the model's estimate of the data. A step from σ to
+    τ is exactly
         z_τ = τ/σ z_σ + (1-τ) ∫ e^(λ - λ_τ) x(λ) dλ.
-    So all error comes from not knowing x between the points. Let r run from 0 to 1 over the step;
-    the point before lies at some r < 0. Held constant, x gives Euler's step. The predictor lets x
-    go on changing as between the last two points. Once the model has been called at r = 1, the
-    corrector repeats the step with a parabola through all three points.
+    The only error is that of approximating x(λ) between the points. Let r run from 0 to 1 over the
+    step; the previous point then lies at some r < 0. A constant x gives Euler's step. The
+    predictor extrapolates x linearly from the last two points. After the model has been called at
+    r = 1, the corrector repeats the step with a parabola through all three points.
     """
 
     def __init__(self, sigmas):
         self.sigmas, self.last = sigmas.tolist(), len(sigmas) - 2
         self.lambdas = ((1 - sigmas).log() - sigmas.log()).tolist()  # ±inf at σ = 0, 1: harmless
-        self.x, self.z = [], None  # x at the last two points, and z where the step set out
+        self.x, self.z = [], None  # x at the last two points, and z at the start of the step
 
     def __call__(self, i, z, v):
         x = z - self.sigmas[i] * v
@@ -121,23 +122,23 @@ class UniPC:
         return self.advance(i)
 
     def advance(self, i, arrived=None):
-        """The predictor's step i, or the corrector's where x at the end of the step is known."""
+        """Step i of the predictor or, if x at its end (`arrived`) is known, of the corrector."""
         h = self.lambdas[i + 1] - self.lambdas[i]
         weight = -math.expm1(-h)  # ∫ e^(λ - λ_τ) dλ
         now, change = self.x[-1], 0  # x at r = 0, and its mean change over the step
-        second = 0 < i < self.last  # there is a point before, and h is finite
-        if second:
+        second_order = 0 < i < self.last  # a previous point exists, and h is finite
+        if second_order:
             r = (self.lambdas[i - 1] - self.lambdas[i]) / h
             slope = (self.x[-2] - now) / r
-        if arrived is None and second:
-            change = slope / 2  # bh2 takes 1/2 for the mean of r
-        elif arrived is not None and not second:
+        if arrived is None and second_order:
+            change = slope / 2  # UniPC's variant bh2 takes 1/2 as the mean of r
+        elif arrived is not None and not second_order:
             change = (arrived - now) / 2
         elif arrived is not None:
-            mean = (1 - weight / h) / weight  # of r under e^λ
-            square = (1 - 2 * (1 - weight / h) / h) / weight  # and of r squared
-            share = (square - mean) / (r - 1)
-            change = share * slope + (mean - share) * (arrived - now)
+            mean_r = (1 - weight / h) / weight  # mean of r, weighted by e^λ
+            mean_r2 = (1 - 2 * (1 - weight / h) / h) / weight  # and of r squared
+            slope_weight = (mean_r2 - mean_r) / (r - 1)
+            change = slope_weight * slope + (mean_r - slope_weight) * (arrived - now)
         sigma, tau = self.sigmas[i : i + 2]
         return tau / sigma * self.z + (1 - tau) * weight * (now + change)
 
@@ -145,8 +146,9 @@ class UniPC:
 def guided(velocity, guidance):
     """Classifier-free guidance (arXiv 2207.12598) in one batch.
 
-    `velocity` sees z twice, for the instruction and then for the empty one:
-    v = v_empty + guidance (v_instruction - v_empty). With guidance 1 it sees z once.
+    The batch holds z twice, for the instruction and then for the empty instruction:
+    v = v_empty + guidance (v_instruction - v_empty). Only the difference that the instruction
+    makes is amplified. With guidance 1 the batch holds z once.
     """
     if guidance == 1:
         return velocity
@@ -158,7 +160,7 @@ def guided(velocity, guidance):
     return guided_velocity
 
 
-# Run alone: a velocity without a network.
+# A demonstration: a velocity without a network.
 
 
 def exact_velocity(data, blur):
@@ -168,16 +170,16 @@ def exact_velocity(data, blur):
         sigma = (t.double() / 1000).view(-1, 1)
         variance = ((1 - sigma) * blur).square() + sigma.square()  # (B, 1) of x_σ around a point
         away = z[:, None] - (1 - sigma)[:, None] * data  # (B, N, D)
-        share = -away.square().sum(-1) / (2 * variance)  # (B, N) of each point in z
-        share = share.softmax(dim=1)
-        offset = (share[:, :, None] * away).sum(dim=1) / variance  # (B, D)
-        return sigma * offset - (share @ data + (1 - sigma) * blur**2 * offset)
+        posterior = -away.square().sum(-1) / (2 * variance)  # (B, N) of each point, given z
+        posterior = posterior.softmax(dim=1)
+        offset = (posterior[:, :, None] * away).sum(dim=1) / variance  # (B, D)
+        return sigma * offset - (posterior @ data + (1 - sigma) * blur**2 * offset)
 
     return velocity
 
 
 def main():
-    """Carries noise to two moons, and prints how far from the exact end each solver stops."""
+    """Samples two moons from noise, and prints the error of each solver."""
     argparse.ArgumentParser(description=main.__doc__).parse_args()
     angle = torch.linspace(0, math.pi, 50, dtype=torch.float64)
     upper = torch.stack([angle.cos(), angle.sin()], dim=1)

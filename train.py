@@ -10,18 +10,18 @@
     2       these, DiT and source embedding    images, clips     and latents of source, references
     3       as stage 2                         a clean subset    as stage 2
 
-Data are JSON lines, one edit each: {"source": FILE, "target": FILE, "instruction": TEXT} and, if
-any, "references": [FILE, ...]. Paths are relative to the data file. A clip is a video file or a
-folder of frames. A broken edit is named and skipped. --out gets metrics.jsonl, curves.png,
+Data are JSON lines, one edit each: {"source": FILE, "target": FILE, "instruction": TEXT} and
+optionally "references": [FILE, ...]. Paths are relative to the data file. A clip is a video file or
+a folder of frames. A broken edit is reported and skipped. --out receives metrics.jsonl, curves.png,
 validation/, checkpoints/ and at the end instructx/, which edit.py takes as --instructx.
 
-What is unusual: the samples of a step, their noise, σ and dropped instructions are functions of
-(seed, step) alone. There is no loader state to save, and reading ahead changes nothing. The same
-command goes on from the last checkpoint with the very numbers of a run that was never stopped,
-with another number of processes too.
+Notable details: the samples of a step, their noise, σ and dropped instructions depend on (seed,
+step) alone. So there is no loader state to save, and reading ahead changes nothing. The same
+command resumes from the last checkpoint, on any number of processes, with the numbers of an
+uninterrupted run.
 
 Precision: trained weights, gradients and the optimizer's moments are float32. Matrix products run
-in --precision through autocast, and frozen weights are stored in it. The VAE keeps its own.
+in --precision through autocast, and frozen weights are stored in it. The VAE keeps its dtype.
 
 Letters: B samples, F latent frames, H W pixels, h w = H/8 W/8, Q queries.
 """
@@ -50,24 +50,24 @@ from pathlib import Path
 from edit import MediaError, Parser, media_shape, number, read_frames, whole
 
 PAPER_STEPS = {1: 20000, 2: 20000, 3: 5000}
-CLIP_NORM = 1.0  # largest norm of the gradient
-WEIGHT_DECAY = 0.01  # of matrices
+CLIP_NORM = 1.0  # upper bound of the gradient's norm
+WEIGHT_DECAY = 0.01  # of matrices only
 SAVE_MINUTES = 10  # a checkpoint is written at least this often
-KEEP = 2  # checkpoints
-REPORTED = 20  # broken pairs that are named on the terminal; metrics.jsonl counts all
+KEEP = 2  # number of checkpoints kept
+REPORTED = 20  # broken pairs reported on the terminal; metrics.jsonl counts all
 PATIENCE = 10  # unusable steps in a row that end a run
 READERS = 2  # threads that read ahead
-HELD_OUT, RENDERED, DRAWS = 32, 8, 4  # edits of --validate: for the loss, as pictures; noises each
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, like the next
+HELD_OUT, RENDERED, DRAWS = 32, 8, 4  # --validate: edits in the loss, edits as pictures, noises
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it and RANK
 RANK = int(os.environ.get("RANK", 0)) if PROCESSES > 1 else 0
-IS_FIRST = RANK == 0  # this process writes and speaks
-QUIET = None if IS_FIRST else True  # tqdm: a bar where stderr is a terminal, or none
+IS_FIRST = RANK == 0  # only this process writes files and messages
+QUIET = None if IS_FIRST else True  # tqdm(disable=...): None shows a bar on a terminal only
 
 
 def settings(arguments=None):
-    """The command line -> its values. Ends the process with code 2 and one line for a bad one.
+    """Parses the command line. A bad value ends the process with one line and exit code 2.
 
-    "paper" marks what the paper states; all else is our choice.
+    "paper" marks values from the paper. The others are our choice.
     """
     help_format = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="train.py", description=__doc__, formatter_class=help_format)
@@ -163,13 +163,13 @@ from vae import to_video
 
 
 class TrainingError(Exception):
-    """What ends a run that started well; the message says why."""
+    """An error after a run has started. The message gives the reason."""
 
 
 def complete(args):
     """Fills in the settings that need torch and the models: device, precision, --config.
 
-    Raises ValueError for a device that is not there and for a value that no edit could use.
+    Raises ValueError for a device that is not available and for an unusable value.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and PROCESSES > 1:
@@ -187,7 +187,7 @@ def complete(args):
 
 
 def config_setting(pair):
-    """Reads "steps=20" as ("steps", 20). Raises ValueError for what no edit could use."""
+    """Reads "steps=20" as ("steps", 20). Raises ValueError for unusable settings."""
     name, _, text = pair.partition("=")
     types = InstructXConfig.__annotations__
     if name not in types or name in ("mllm_dim", "context_dim", "frame_resizes"):
@@ -206,7 +206,7 @@ def config_setting(pair):
         raise ValueError(f"--config {pair}: {error}") from None
 
 
-# Data: which edits there are, which of them a step sees, and reading them.
+# Data: the list of edits, the edits of a step, and reading them.
 
 
 @dataclass
@@ -221,7 +221,7 @@ class Pair:
 
 
 def read_lines(file):
-    """Yields (line number, JSON) for each edit of JSON lines, or of a CSV as Kiwi-Edit has it."""
+    """Yields (line number, JSON) for each edit of JSON lines, or of a CSV in Kiwi-Edit's format."""
     if file.suffix.lower() == ".csv":
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream)
@@ -231,7 +231,7 @@ def read_lines(file):
                 edit["references"] = [row["ref_image"]] if row.get("ref_image") else []
                 yield reader.line_num, json.dumps(edit)
     else:
-        with file.open("rb") as stream:  # as text, a line would also end inside of a JSON string
+        with file.open("rb") as stream:  # in text mode a line could end inside a JSON string
             for i, line in enumerate(stream, 1):
                 if line.strip():
                     yield i, line
@@ -240,15 +240,15 @@ def read_lines(file):
 class Pairs:
     """The edits of all data files, in buckets of one shape so that a batch can be stacked.
 
-    Two edits share a bucket when length and working size of their clips and the sizes of their
-    references agree. An epoch of images, or of clips, visits each edit once, in chunks of one
-    bucket. Chunks are shuffled, so that the steps mix shapes.
+    Two edits share a bucket if they agree in length, working size and the sizes of their
+    references. An epoch of images, or of clips, visits each edit once, in chunks of one bucket.
+    Chunks are shuffled, so steps mix shapes.
     """
 
     def __init__(self, args, files, multiple, stride, padded_references=False):
         self.args, self.multiple, self.stride = args, multiple, stride
         self.padded_references = padded_references  # see InstructX.framed_reference
-        self.pairs, self.broken = [], {}  # broken: {file and line: what is wrong}
+        self.pairs, self.broken = [], {}  # broken: {file and line: message}
         for file in files:
             for i, line in read_lines(file):
                 self.add(f"{file}:{i}", file.parent, line)
@@ -270,10 +270,10 @@ class Pairs:
         self.buckets = {False: {}, True: {}}  # {is_video: {shape: [number in pairs]}}
         for i, shape in enumerate(self.shapes):
             if shape and (args.stage > 1 or shape[0][0] == 1):
-                bucket = shape if args.stage > 1 else shape[:1]  # stage 1: the DiT sees the target
+                bucket = shape if args.stage > 1 else shape[:1]  # stage 1: no references in the DiT
                 self.buckets[shape[0][0] > 1].setdefault(bucket, []).append(i)
         self.cached_order = functools.lru_cache(maxsize=4)(self.order)
-        self.reported = 0 if IS_FIRST else len(self.broken)  # so far all processes find the same
+        self.reported = 0 if IS_FIRST else len(self.broken)  # so far equal in all processes
 
     def add(self, where, folder, line):
         try:
@@ -283,7 +283,7 @@ class Pairs:
             if not isinstance(row["instruction"], str):
                 raise TypeError("the instruction is no text")
             self.pairs.append(Pair(where, source, target, references, row["instruction"]))
-        except Exception as error:  # one bad edit of a million, here and below, ends no run
+        except Exception as error:  # a bad edit, here and below, must not end a run
             reason = f"not an edit with source, target and instruction ({error!r})"
             self.mark_broken(where, reason)
 
@@ -291,7 +291,7 @@ class Pairs:
         self.broken[where] = f"{where}: {one_line(error)}"
 
     def report(self):
-        """Names the broken pairs that have not been named yet, as long as they are few."""
+        """Reports new broken pairs, up to REPORTED in all."""
         for problem in list(self.broken.values())[self.reported : REPORTED]:
             tqdm.write(f"train.py: left out: {problem}", file=sys.stderr)
         self.reported = len(self.broken)
@@ -310,20 +310,20 @@ class Pairs:
         """((frames, height, width) of source and target, (1, height, width) of each reference)."""
         length, height, width, rate = self.size(pair.source)
         target_length, target_height, target_width, target_rate = self.size(pair.target)
-        both = f"{pair.source} and {pair.target}"
+        files = f"{pair.source} and {pair.target}"
         if (length > 1) != (target_length > 1):
-            raise ValueError(f"{both}: one is an image, one a clip")
+            raise ValueError(f"{files}: one is an image, one a clip")
         if abs(math.log(height / width * target_width / target_height)) > 0.1:
             text = f"{width}x{height} and {target_width}x{target_height}: another aspect"
-            raise ValueError(f"{both} are {text}")
+            raise ValueError(f"{files} are {text}")
         length = min(length, target_length, self.args.frames)
-        # Frames are paired by number: over the clip they may drift apart by half a frame.
+        # Frames are paired by index. Over the clip they may drift apart by half a frame.
         if rate and target_rate and abs(rate / target_rate - 1) * length > 0.5:
             text = f"{rate:.6g} and {target_rate:.6g} frames per second, not one rate"
-            raise ValueError(f"{both} have {text}")
+            raise ValueError(f"{files} have {text}")
         frames = (length - 1) // self.stride * self.stride + 1
         if length > 1 and frames == 1:
-            raise ValueError(f"{both} share {length} frames; a clip has {self.stride + 1} or more")
+            raise ValueError(f"{files} share {length} frames; a clip has {self.stride + 1} or more")
         source = frames, *self.working_size(height, width)
         references = []
         for path in pair.references:
@@ -348,9 +348,9 @@ class Pairs:
         return self.sizes[key]
 
     def working_size(self, height, width):
-        """What a picture is scaled to: at most its own size, about --area, sides the models take.
+        """(height, width) for training: about --area or less, never enlarged, valid for the models.
 
-        From each power of two to the next there are eight lengths, so that pictures of all sizes
+        From one power of two to the next there are eight lengths, so that pictures of all sizes
         fall into few buckets.
         """
         scale = min(1.0, (self.args.area / (height * width)) ** 0.5)
@@ -363,18 +363,18 @@ class Pairs:
         return side(height), side(width)
 
     def is_video(self, step):
-        """Whether `step` takes clips, and how many steps of that kind came before it.
+        """(True if `step` takes clips, number of earlier steps of the same kind).
 
-        Clips are spread evenly over the steps, without chance.
+        Steps with clips are evenly spaced, not drawn at random.
         """
-        both = self.buckets[False] and self.buckets[True]
-        share = self.args.video_share if both else float(bool(self.buckets[True]))
+        mixed = self.buckets[False] and self.buckets[True]
+        share = self.args.video_share if mixed else float(bool(self.buckets[True]))
         clips = math.floor(share * step + 1e-9)
         video = math.floor(share * (step + 1) + 1e-9) > clips
         return video, clips if video else step - clips
 
     def batch_sizes(self, video):
-        """Samples of a step, and of each of its chunks: the largest divisor up to --micro-batch."""
+        """(samples per step, samples per chunk): the largest divisor up to --micro-batch."""
         batch = self.args.video_batch if video else self.args.image_batch
         sizes = range(1, min(batch, self.args.micro_batch) + 1)
         return batch, max(size for size in sizes if batch % size == 0)
@@ -382,7 +382,7 @@ class Pairs:
     def order(self, video, epoch):
         """The chunks of an epoch, [[number of a pair]].
 
-        The last chunk of a bucket is filled up with others of that bucket.
+        The last chunk of a bucket is filled up with other pairs of that bucket.
         """
         rng, chunks = np.random.default_rng([self.args.seed, video, epoch]), []
         _, size = self.batch_sizes(video)
@@ -393,7 +393,7 @@ class Pairs:
         return [chunks[i] for i in rng.permutation(len(chunks))]
 
     def plan(self, step):
-        """What `step` sees: (is_video, [[number of a pair]]), a list for each micro-batch."""
+        """The pairs of `step`: (is_video, [[number of a pair]]), one list per micro-batch."""
         video, steps_before = self.is_video(step)
         batch, size = self.batch_sizes(video)
         count, chunks = batch // size, len(self.cached_order(video, 0))
@@ -408,7 +408,7 @@ def one_line(error):
 
 
 def write_cache(file, content):
-    """Writes a file of a cache. Returns whether that was possible: a run can do without."""
+    """Writes a cache file. Returns False on failure: a run can go on without its cache."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole(file) as partial:
@@ -422,7 +422,7 @@ def write_cache(file, content):
 def read(path, shape):
     """The frames at `path` in a working shape, uint8 (T, H, W, 3), and their rate.
 
-    Raises ValueError where the file has fewer frames than its header says.
+    Raises ValueError if the file has fewer frames than its header states.
     """
     length, height, width = shape
     media = read_frames(path, limit=length, size=(width, height))
@@ -436,16 +436,16 @@ def read(path, shape):
 class Picture:
     """An image or clip on its way into the DiT."""
 
-    z: torch.Tensor | None  # latents (1, 16, F, h, w), if they are known
-    frames: np.ndarray | None  # uint8 (T, H, W, 3), if they are not
-    file: Path | None  # where to keep the latents
+    z: torch.Tensor | None  # latents (1, 16, F, h, w), if cached
+    frames: np.ndarray | None  # uint8 (T, H, W, 3), if not cached
+    file: Path | None  # cache file of the latents
 
 
 class Latents:
-    """Encodes pictures, each once where there is a folder to keep latents in.
+    """Encodes pictures. With a cache folder, each is encoded only once.
 
-    Latents are found by the content of the media file, the working shape and the VAE, so they
-    cannot go stale. Each picture is encoded alone: in a batch its last bits depend on the others.
+    The cache key is a hash of media file, working shape and VAE, so entries cannot go stale. Each
+    picture is encoded alone, because in a batch its last bits depend on the others.
     """
 
     def __init__(self, vae, folder):
@@ -453,12 +453,12 @@ class Latents:
         self.vae_hash = hashlib.sha256(repr(vae.config).encode())
         for tensor in vae.encoder.state_dict().values():
             self.vae_hash.update(tensor.detach().float().cpu().numpy().tobytes())
-        for file in folder.rglob(".*") if folder else ():  # what killed runs were writing
+        for file in folder.rglob(".*") if folder else ():  # unfinished files of killed runs
             if file.is_file() and time.time() - file.stat().st_mtime > 86400:
                 file.unlink(missing_ok=True)
 
     def look_up(self, path, shape, frames=None):
-        """The Picture at `path`; `frames` if they are read already. Thread-safe: no VAE is used."""
+        """The Picture at `path`. Its `frames` may be passed in. Thread-safe: runs no VAE."""
         file = self.file(path, shape) if self.folder else None
         if file and file.exists():
             with contextlib.suppress(SafetensorError, OSError, KeyError):  # damaged: encode again
@@ -492,26 +492,26 @@ class Latents:
 
 @dataclass
 class Sample:
-    """One edit, read and ready."""
+    """One edit, read from disk."""
 
     where: str
     seed: int  # of its noise and σ
     inputs: dict  # of the MLLM
     target: Picture
-    source: Picture | None  # in stage 1 the MLLM alone sees source and references
+    source: Picture | None  # None in stage 1: only the MLLM sees it
     references: list
-    weight: float = 1.0  # 0 for a blank, which stands where nothing could be read
+    weight: float = 1.0  # 0 for a blank, which replaces unreadable samples
 
 
 class Loader:
-    """Reads samples: of each chunk of a step those that fall to this process."""
+    """Reads this process's samples of each chunk of a step."""
 
     def __init__(self, args, model, pairs):
         self.args, self.model, self.pairs = args, model, pairs
         self.latents = Latents(model.vae, args.cache)
 
     def step(self, step):
-        """What a step needs from disk: (is_video, [[Sample]]). No list is empty."""
+        """Reads a step: (is_video, [[Sample]]), one list per chunk. No list is empty."""
         video, plan = self.pairs.plan(step)
         chunks = []
         for i, numbers in enumerate(plan):
@@ -522,7 +522,7 @@ class Loader:
         return video, chunks
 
     def try_sample(self, number, seed):
-        """A pair as a Sample, or None if it is broken, which is noted."""
+        """Reads a pair as a Sample. Returns None for a broken pair and marks it."""
         pair, shape = self.pairs.pairs[number], self.pairs.shapes[number]
         dropped = np.random.default_rng(seed).random() < self.args.drop
         try:
@@ -547,7 +547,7 @@ class Loader:
         return Sample(pair.where, seed, inputs, target, source, references)
 
     def blank(self):
-        """A sample that teaches nothing: a process must take part where it has nothing to read."""
+        """A sample of weight 0 for a process without any: all processes must take part."""
         frames = np.zeros((1, self.pairs.multiple, self.pairs.multiple, 3), np.uint8)
         picture, inputs = Picture(None, frames, None), self.model.prompt(frames, "")
         source = picture if self.args.stage > 1 else None
@@ -555,12 +555,12 @@ class Loader:
 
 
 def hash_of(*values):
-    """A 63-bit seed from integers, so that neighboring steps have unrelated noise."""
+    """A 63-bit seed from integers, so that neighbouring steps have unrelated noise."""
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "little") >> 1
 
 
 def read_ahead(load, first, last):
-    """Yields (step, load(step)) from `first` to before `last`; threads read the next few."""
+    """Yields (step, load(step)) for range(first, last). Threads read a few steps ahead."""
     pool, ahead = ThreadPoolExecutor(READERS), deque()
     try:
         for step in range(first, last):
@@ -571,18 +571,21 @@ def read_ahead(load, first, last):
         pool.shutdown(cancel_futures=True)
 
 
-# The model: what each stage trains, and the loss.
+# The model: trained weights of each stage, and the loss.
 
 
 def build_model(args):
-    """The models as the stage starts from them, with what trains marked."""
+    """Loads the models at the start of the stage and marks the trained weights."""
     model = InstructX.from_pretrained(args.weights, instructx=args.start, **args.config)
     trainable(model, args)
     return model
 
 
 def trainable(model, args):
-    """Marks what the stage trains, in float32. All else is frozen: MLLM and DiT in --precision."""
+    """Marks the weights that the stage trains, and makes them float32.
+
+    All others are frozen. Those of MLLM and DiT get the dtype --precision.
+    """
     if args.stage > 1:
         model.dit.add_source_embedding()  # a copy of the patch embedding at first
     if args.dit_lora:
@@ -604,7 +607,7 @@ def trainable(model, args):
 
 
 def add_dit_lora(dit, args):
-    """Low-rank matrices beside all those of the blocks: the 14B then trains on one GPU."""
+    """Adds LoRA to all matrices of the blocks: the 14B then trains on one GPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         for name, layer in list(dit.blocks.named_modules()):
@@ -615,7 +618,7 @@ def add_dit_lora(dit, args):
 def make_optimizers(parameters, args):
     """[AdamW], or [AdamW, Muon]: Muon is for matrices between hidden states.
 
-    Muon rounds its steps to bfloat16, so with it one process and several agree to 1e-4 only.
+    Muon rounds its steps to bfloat16: runs on one and on several processes agree to 1e-4 only.
     """
     matrices, others = [], defaultdict(list)
     for name, p in parameters.items():
@@ -625,7 +628,7 @@ def make_optimizers(parameters, args):
             # Decay would pull norms, biases, queries and modulation to zero.
             decays = p.ndim > 1 and "queries" not in name and "modulation" not in name
             decay = WEIGHT_DECAY if decays else 0.0
-            others[isinstance(p, DTensor), decay].append(p)  # FSDP's need a group of their own
+            others[isinstance(p, DTensor), decay].append(p)  # FSDP's need their own group
     groups = [{"params": tensors, "weight_decay": decay} for (_, decay), tensors in others.items()]
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
@@ -634,7 +637,7 @@ def make_optimizers(parameters, args):
 
 
 def learning_rate(step, args, highest):
-    """Linear warm-up, then constant, or falling to 0 along a line or a cosine."""
+    """Linear warm-up, then constant, or decay to 0 along a line or a cosine."""
     if step < args.warmup:
         return highest * ((step + 1) / args.warmup)
     done = min(1, (step + 1 - args.warmup) / max(1, args.steps - args.warmup))
@@ -655,7 +658,7 @@ def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change
     velocity = dit(x, 1000 * sigma, context, source=source, references=references)
     error = (velocity - sampler.target(z, noise)).square()  # (B, 16, F, h, w)
     if change_weight:
-        # An edit changes little of a picture, and the rest is learnt first. Weights have mean 1.
+        # An edit changes little of a picture, and copying is learnt first. Weights have mean 1.
         change = (z - source).square().mean(dim=1, keepdim=True)  # (B, 1, F, h, w)
         largest = change.amax(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
         weight = 1 + change_weight * change / largest
@@ -673,7 +676,7 @@ def sample_latents(latents, samples):
 
 
 def sample_losses(model, latents, samples, video, args):
-    """Losses of samples of one shape, (B,). Their seeds decide σ and noise."""
+    """Losses (B,) of samples of one shape. The seed of a sample determines σ and noise."""
     z, source, references = sample_latents(latents, samples)
     sampler = FlowSampler(shift=args.video_shift if video else args.image_shift)
     # On the CPU, so that devices agree.
@@ -697,7 +700,7 @@ def autocast(device, args):
 
 
 def train(args, build, validate):
-    """Runs a stage to its end, from its last checkpoint if there is one -> the result's folder."""
+    """Runs a stage to its end, resuming from its last checkpoint -> the result's folder."""
     model = build(args)
     distribute(model, args.device)
     if args.gradient_checkpointing:
@@ -734,7 +737,7 @@ def train(args, build, validate):
                 results += zip(samples, losses.detach())
             norm = clip_gradients(parameters.values())
 
-            # One step of the optimizers. Where anything is not finite, nothing changes.
+            # One step of the optimizers, skipped unless loss and gradient are finite.
             rows = [(loss.item(), sample.where) for sample, loss in results if sample.weight]
             rows = [row for rows_of_process in gather(rows) for row in rows_of_process]
             loss = sum(loss for loss, _ in rows) / count if rows else math.nan
@@ -758,7 +761,7 @@ def train(args, build, validate):
             if not finite:
                 complain(step, loss, norm, rows, pairs, bad_steps)
 
-            # Now and then a validation and a checkpoint.
+            # At intervals, a validation and a checkpoint.
             done = step + 1
             is_last, stopping = done == args.steps, any(gather(bool(signals)))
             if held_out and (is_last or done % args.validate_every == 0):
@@ -782,7 +785,7 @@ def train(args, build, validate):
 
 
 def clip_gradients(parameters):
-    """Averages gradients over processes, scales their norm to CLIP_NORM -> the norm before that."""
+    """Averages gradients over processes and clips their norm -> the norm before clipping."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     others = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]

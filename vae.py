@@ -1,23 +1,25 @@
 """WanVAE: the 3D causal autoencoder of Wan2.1, from video to latents and back.
 
 It turns (B, 3, T, H, W) video in [-1, 1] into (B, 16, F, h, w) latents: 8 times smaller in height
-and width, 4 times in time. Time runs one way. Two rules say everything; the official code
-(wan/modules/vae.py of Wan2.1) and diffusers (AutoencoderKLWan) compute them behind feature caches:
+and width, 4 times in time. It is causal in time. Two rules define its behaviour. The official code
+(wan/modules/vae.py of Wan2.1) and diffusers (AutoencoderKLWan) implement them by feature caches:
 
-  1. every convolution over time sees only the past; before the clip the past is zeros;
+  1. every convolution over time sees only the present and the past; before the clip the past is
+     zeros;
   2. frame 0 is special: temporal downsampling keeps it and halves the rest, temporal upsampling
      keeps it and doubles the rest. So T = 4n + 1 frames make F = n + 1 latent frames, and an image
      is a clip with T = 1.
 
-What is unusual: a clip is never processed whole. Frame 0 goes through alone, then `chunk` latent
-frames at a time; each convolution remembers its own last two frames in a dict keyed by itself. The
-result equals the whole clip at once, and memory no longer grows with T (one float32 map of 96
-channels of 81 x 480 x 832 alone would be 12.4 GB).
+Notable details: a clip is never processed whole. Frame 0 goes through alone, then `chunk` latent
+frames at a time. Each convolution keeps its last two input frames in a dict, under itself as key.
+The result is that of the whole clip, but memory does not grow with T. (One float32 feature map of
+96 channels at 81 x 480 x 832 alone would take 12.4 GB.)
 
 Letters: B batch, C channels, T frames, F latent frames = 1 + (T-1)/4, H W pixels, h w = H/8 W/8.
-Precision: everything runs in the weights' dtype; only norms go through float32.
+Precision: everything runs in the weights' dtype except the norms. They are float32, because squares
+overflow in float16 and their sums lose digits in bfloat16.
 
-    python vae.py [IMAGE] [--weights Wan2.1_VAE.pth]     # what survives the round trip
+    python vae.py [IMAGE] [--weights Wan2.1_VAE.pth]     # error of the round trip
 """
 
 import argparse
@@ -57,20 +59,21 @@ STD_2_2 += (0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The released Wan2.1 VAE; PRESETS["wan2.2"] is its successor.
+    """The defaults are the Wan2.1 VAE; PRESETS["wan2.2"] is its successor.
 
-    Each entry of `dim_mult` is one resolution. Between two of them height and width halve, and
-    time too where `temporal_downsample` says so. `latents_*` are statistics of the posterior mean.
+    Each entry of `dim_mult` is one resolution. From one to the next height and width halve. Time
+    halves too if the entry of `temporal_downsample` is True. `latents_*` are statistics of the
+    posterior mean.
     """
 
     dim: int = 96
-    decoder_dim: int = 0  # width of the decoder, where it differs from `dim`
+    decoder_dim: int = 0  # width of the decoder; 0: `dim`
     z_dim: int = 16
     dim_mult: tuple = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple = (False, True, True)
     patch: int = 1  # Wan2.2: squares of 2x2 pixels become channels first
-    stage_shortcuts: bool = False  # Wan2.2: around the layers of each resolution
+    stage_shortcuts: bool = False  # Wan2.2: shortcuts around each resolution
     latents_mean: tuple = MEAN
     latents_std: tuple = STD
 
@@ -95,13 +98,13 @@ PRESETS = {
     "tiny": VAEConfig(dim=8, num_res_blocks=1),
 }
 
-# Inside the networks x is (B, T, H, W, C): convolutions and norms are fastest on this order in
-# memory, on CPU and GPU alike. `cache` is the dict of every layer's past, or None for a lone
-# image, which has neither past nor future.
+# Inside the networks x is (B, T, H, W, C), the fastest memory order for convolutions and norms on
+# CPU and GPU alike. `cache` maps each layer to its past frames. It is None for a single image,
+# which has neither past nor future.
 
 
 def conv2d(x, weight, bias, stride=1, padding=0):
-    """Convolves every frame of x (B, T, H, W, C) by itself."""
+    """Convolves each frame of x (B, T, H, W, C) separately."""
     y = F.conv2d(x.flatten(0, 1).movedim(-1, 1), weight, bias, stride, padding)
     return y.movedim(1, -1).unflatten(0, x.shape[:2]).contiguous()
 
@@ -112,18 +115,18 @@ def pointwise(x, conv):
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution that sees, over time, only the present and the past."""
+    """A 3D convolution that sees only the present and the past in time."""
 
     def __init__(self, in_channels, out_channels, kernel, stride=(1, 1, 1), past=2):
         padding = (0, kernel[1] // 2, kernel[2] // 2)
         super().__init__(in_channels, out_channels, kernel, stride, padding)
-        self.past = past  # how many earlier frames it remembers and puts before a chunk
+        self.past = past  # number of earlier frames to keep and to prepend to a chunk
 
     def forward(self, x, cache):
         seen = torch.cat([cache[self], x], dim=1) if cache and self in cache else x
         if cache is not None and self.past:
             cache[self] = seen[:, -self.past :].clone()  # a view would keep the whole chunk alive
-        if self.past and seen.shape[1] == 1:  # zeros before it: only the kernel's last tap counts
+        if self.past and seen.shape[1] == 1:  # zeros before it: only the last tap counts
             return conv2d(x, self.weight[:, :, -1], self.bias, padding=self.padding[1:])
         zeros = self.past + x.shape[1] - seen.shape[1]
         if zeros:
@@ -134,8 +137,8 @@ class CausalConv3d(nn.Conv3d):
 class RMSNorm(nn.Module):
     """RMSNorm over the channels of x (..., C).
 
-    Official: F.normalize(x) * sqrt(C) * gamma, which clamps the norm at 1e-12. This form is the
-    same to rounding and reads x once. (nn.RMSNorm's default eps would shrink small activations.)
+    Official: F.normalize(x) * sqrt(C) * gamma, which clamps the norm at 1e-12. This form agrees up
+    to rounding and reads x once. (nn.RMSNorm's default eps would shrink small activations.)
     """
 
     def __init__(self, dim, spatial_dims=3):
@@ -158,7 +161,7 @@ class ResidualBlock(nn.Module):
             CausalConv3d(in_dim, out_dim, (3, 3, 3)),
             RMSNorm(out_dim),
             nn.SiLU(),
-            nn.Identity(),  # the official dropout of 0: the last layer keeps its number
+            nn.Identity(),  # the official dropout of 0: keeps the next layer's index
             CausalConv3d(out_dim, out_dim, (3, 3, 3)),
         )
         self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
@@ -169,31 +172,31 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head among the H*W positions of each frame."""
+    """Single-head self-attention over the H*W positions of each frame."""
 
     def __init__(self, dim):
         super().__init__()
         self.norm = RMSNorm(dim, spatial_dims=2)
         self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
-        nn.init.zeros_(self.proj.weight)  # the block starts as the identity, as officially
+        nn.init.zeros_(self.proj.weight)  # officially too the block starts as the identity
 
     def forward(self, x, cache):
         tokens = self.norm(x).flatten(2, 3)  #                              (B, T, HW, C)
-        q, k, v = pointwise(tokens, self.to_qkv).chunk(3, dim=-1)  #        T stands for the heads
+        q, k, v = pointwise(tokens, self.to_qkv).chunk(3, dim=-1)  #        T acts as the heads
         y = F.scaled_dot_product_attention(q, k, v)  #                      (B, T, HW, C)
         return x + pointwise(y, self.proj).unflatten(2, x.shape[2:4])  #    (B, T, H, W, C)
 
 
 class Downsample(nn.Module):
-    """Halves height and width, then, if `temporal`, all frames but the first."""
+    """Halves height and width, then, if `temporal`, the number of frames after frame 0."""
 
     def __init__(self, dim, temporal):
         super().__init__()
-        # The Identity stands for the official padding, so that the convolution is resample.1.
+        # The Identity replaces the official padding, so that the convolution is resample.1.
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, dim, 3))
         self.time_conv = None
-        if temporal:  # it runs in steps of two from the last frame before the chunk
+        if temporal:  # stride 2, from the last frame before the chunk
             self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), past=0)
 
     def forward(self, x, cache):
@@ -210,7 +213,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles, if `temporal`, all frames but the first, then height and width."""
+    """Doubles, if `temporal`, the number of frames after frame 0, then height and width."""
 
     def __init__(self, dim, out_dim, temporal):
         super().__init__()
@@ -219,7 +222,7 @@ class Upsample(nn.Module):
 
     def forward(self, x, cache):
         if self.time_conv is not None and cache is not None:
-            # time_conv never sees frame 0, not even as the past of frame 1: there it sees zeros.
+            # time_conv never sees frame 0. In its place frame 1 has zeros as its past.
             if self in cache:
                 even, odd = self.time_conv(x, cache).chunk(2, dim=-1)
                 x = torch.stack([even, odd], dim=2).flatten(1, 2)
@@ -231,7 +234,7 @@ class Upsample(nn.Module):
 
 
 def run(layers, x, cache):
-    """nn.Sequential's loop; layers that look back in time are given the cache."""
+    """Runs the layers in order and passes the cache to those that look back in time."""
     for layer in layers:
         x = layer(x) if isinstance(layer, (RMSNorm, nn.SiLU, nn.Identity)) else layer(x, cache)
     return x
@@ -260,17 +263,17 @@ def to_pixels(x, p):
 
 
 class DownStage(nn.Module):
-    """One resolution of the Wan2.2 encoder: layers, and a shortcut of means around all of them."""
+    """One resolution of the Wan2.2 encoder: layers, and a shortcut that averages their input."""
 
     def __init__(self, layers, dim, temporal):
         super().__init__()
         self.downsamples = nn.Sequential(*layers)
-        self.dim = dim  # channels that come out
+        self.dim = dim  # output channels
         self.space = 1 if temporal is None else 2
         self.time = 2 if temporal else 1
 
     def forward(self, x, cache):
-        y = F.pad(x, (0, 0, 0, 0, 0, 0, -x.shape[1] % self.time, 0))  # frame 0 comes alone
+        y = F.pad(x, (0, 0, 0, 0, 0, 0, -x.shape[1] % self.time, 0))  # zeros before a lone frame 0
         y = y.unflatten(3, (-1, self.space)).unflatten(2, (-1, self.space))
         y = y.unflatten(1, (-1, self.time))  # (B, f, time, h, row, w, column, C)
         y = y.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(4)  # (B, f, h, w, C*time*row*column)
@@ -278,12 +281,12 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """One resolution of the Wan2.2 decoder: layers, and a shortcut of copies around all of them."""
+    """One resolution of the Wan2.2 decoder: layers, and a shortcut that repeats their input."""
 
     def __init__(self, layers, dim, temporal):
         super().__init__()
         self.upsamples = nn.Sequential(*layers)
-        self.dim = dim  # channels that come out
+        self.dim = dim  # output channels
         self.space, self.time = 2, 2 if temporal else 1
         self.shortcut = temporal is not None  # not around the last resolution
 
@@ -296,11 +299,11 @@ class UpStage(nn.Module):
         y = y.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, f, time, h, row, w, column, C)
         y = y.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (B, t, H, W, C)
         x = run(self.upsamples, x, cache)
-        return x + y[:, -x.shape[1] :]  # of frame 0, the last of its copies
+        return x + y[:, -x.shape[1] :]  # frame 0 takes the last of its copies
 
 
 class Encoder(nn.Module):
-    """The next frames of a clip, (B, t, H, W, 3) -> (B, f, h, w, 2 * z_dim)."""
+    """Encodes the next frames of a clip: (B, t, H, W, 3) -> (B, f, h, w, 2 * z_dim)."""
 
     def __init__(self, config):
         super().__init__()
@@ -328,7 +331,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The next latent frames, (B, f, h, w, z_dim) -> (B, t, H, W, 3)."""
+    """Decodes the next latent frames: (B, f, h, w, z_dim) -> (B, t, H, W, 3)."""
 
     def __init__(self, config):
         super().__init__()
@@ -371,11 +374,11 @@ def to_frames(video):
 
 
 class WanVAE(nn.Module):
-    """`encode` and `decode` are for use: normalised latents, no gradients.
+    """Encoder and decoder. `encode` and `decode` use normalised latents and no gradients.
 
-    `moments` and `reconstruct` are for training the VAE itself: latents that are not normalised,
-    no clamp, differentiable. `chunk` is the number of latent frames per step: more take more
-    memory and fewer steps, and the result stays the same.
+    `moments` and `reconstruct` serve to train the VAE itself: latents are not normalised, frames
+    are not clamped, and gradients flow. `chunk` is the number of latent frames per step. More
+    frames take more memory and fewer steps; the result stays the same.
     """
 
     def __init__(self, config=VAEConfig()):
@@ -398,7 +401,7 @@ class WanVAE(nn.Module):
         return 2 ** sum(self.config.temporal_downsample)
 
     def set_latent_statistics(self, mean, std):
-        """Sets what `encode` subtracts and divides by: z_dim numbers each."""
+        """Sets the mean and std by which `encode` normalises: z_dim numbers each."""
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
         self.config = replace(self.config, latents_mean=mean, latents_std=std)
         weight = self.conv1.weight
@@ -410,20 +413,20 @@ class WanVAE(nn.Module):
     def encode(self, video, chunk=1):
         """Normalised posterior mean (B, z_dim, F, h, w), in the weights' dtype.
 
-        `video` is (B, 3, T, H, W) in [-1, 1], of any float dtype, with T = 4n + 1 and H and W
-        multiples of 8 (or as the strides say), else ValueError.
+        `video` is (B, 3, T, H, W) in [-1, 1], of any float dtype. T is 4n + 1, H and W are
+        multiples of 8 (in general, of the strides). Raises ValueError for other shapes.
         """
         mean, _ = self.moments(video, chunk)
         return (mean - self.latents_mean) / self.latents_std
 
     @torch.no_grad()
     def decode(self, z, chunk=1):
-        """z as from `encode` -> video (B, 3, T, H, W) in [-1, 1], in the weights' dtype."""
+        """Normalised z -> video (B, 3, T, H, W) in [-1, 1], in the weights' dtype."""
         return torch.cat(list(self.decode_stream(z, chunk)), dim=2).contiguous()
 
     @torch.no_grad()
     def decode_stream(self, z, chunk=1):
-        """Yields the frames of `decode` as they come: frame 0 alone, then 4 * chunk at a time."""
+        """Yields the frames of `decode` in pieces: frame 0 alone, then 4 * chunk at a time."""
         check_latents(self, z)
         z = z.to(self.conv1.weight) * self.latents_std + self.latents_mean
         for frames in self.reconstruct_stream(z, chunk):
@@ -442,11 +445,11 @@ class WanVAE(nn.Module):
         return features.movedim(-1, 1).contiguous().chunk(2, dim=1)
 
     def reconstruct(self, z, chunk=1):
-        """z as a sample from `moments`, not normalised -> video (B, 3, T, H, W), not clamped."""
+        """z, not normalised, as from `moments` -> video (B, 3, T, H, W), not clamped."""
         return torch.cat(list(self.reconstruct_stream(z, chunk)), dim=2).contiguous()
 
     def reconstruct_stream(self, z, chunk=1):
-        """Yields the frames of `reconstruct` as they come."""
+        """Yields the frames of `reconstruct` in pieces."""
         check_latents(self, z)
         chunks = split_frames(z, chunk)
         cache = {} if len(chunks) > 1 else None
@@ -461,9 +464,9 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None):
-        """A checkpoint file (.safetensors or .pth, official or diffusers names), or its folder.
+        """Loads a file (.safetensors or .pth, official or diffusers names) or its folder.
 
-        dtype None keeps what is stored. Raises FileNotFoundError or ValueError.
+        dtype None keeps the stored dtype. Raises FileNotFoundError or ValueError.
         """
         file = checkpoint_file(path)
         tensors = read_tensors(file)
@@ -476,7 +479,7 @@ class WanVAE(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
             model.load_state_dict(tensors, assign=True)
-        except (RuntimeError, TypeError) as error:  # it names what is missing or does not fit
+        except (RuntimeError, TypeError) as error:  # it names the tensors at fault
             raise ValueError(f"{path}: {' '.join(str(error).split())[:600]}") from None
         model.set_latent_statistics(config.latents_mean, config.latents_std)  # they were on meta
         return model
@@ -492,11 +495,12 @@ class WanVAE(nn.Module):
         config["patch_size"] = self.config.patch if self.config.patch > 1 else None
         config["in_channels"] = config["out_channels"] = 3 * self.config.patch**2
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
-        # By way of another name: the tensors may be mapped from the file that is there.
+        # Write to another name first: the tensors may be mapped from the existing file.
         partial = folder / "model.safetensors.partial"
         save_file(tensors, partial)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.copymode(folder / "config.json", partial)  # safetensors makes it private
+        # safetensors makes its files readable by the owner only.
+        shutil.copymode(folder / "config.json", partial)
         os.replace(partial, folder / "model.safetensors")
 
 
@@ -533,12 +537,12 @@ CONFIG_KEYS = {
     "z_dim": "z_dim",
     "dim_mult": "dim_mult",
     "num_res_blocks": "num_res_blocks",
-    "temperal_downsample": "temporal_downsample",  # their spelling
+    "temperal_downsample": "temporal_downsample",  # diffusers' spelling
     "latents_mean": "latents_mean",
     "latents_std": "latents_std",
 }
 
-# diffusers name -> official name, applied in this order: `.conv1.` before `.conv_in.` becomes one.
+# diffusers name -> official name, in this order: `.conv1.` goes before `.conv_in.` takes its name.
 RENAMES = {
     ".norm1.": ".residual.0.",
     ".conv1.": ".residual.2.",
@@ -558,10 +562,10 @@ RENAMES = {
 
 
 def official_names(tensors, config):
-    """Renames diffusers' tensors; official ones pass unchanged.
+    """Gives diffusers' tensors their official names. Official names stay unchanged.
 
-    Both nest the layers of a resolution in Wan2.2. In Wan2.1 diffusers nests the decoder, and
-    the official list is flat: num_res_blocks + 1 residual blocks, then the upsampling.
+    In Wan2.2 both nest the layers by resolution. In Wan2.1 only diffusers nests the decoder's. The
+    official list is flat: for each resolution num_res_blocks + 1 residual blocks, then upsampling.
     """
     if not any("_block" in name for name in tensors):
         return tensors
@@ -590,9 +594,9 @@ def official_names(tensors, config):
 
 
 def read_config(file, released=VAEConfig()):
-    """VAEConfig from a config.json. What it leaves out is as `released`.
+    """Reads VAEConfig from a config.json. Missing keys take the values of `released`.
 
-    The official repositories put the VAE's .pth beside the DiT and its config.json.
+    A config.json of the DiT is ignored: the official repositories put the VAE's .pth beside it.
     """
     if not file.exists():
         return released
@@ -621,7 +625,7 @@ def read_config(file, released=VAEConfig()):
 
 
 def checkpoint_file(path):
-    """The file that holds the weights: `path`, or in a folder Wan2.?_VAE.pth or the only file."""
+    """The file that holds the weights: `path`, or in a folder Wan2.?_VAE.pth or its only one."""
     path = Path(path)
     if path.is_file():
         return path
@@ -639,7 +643,7 @@ def checkpoint_file(path):
 
 
 def read_tensors(file):
-    """{name: tensor}, mapped, not read. A pickle is opened as data only: it cannot run code."""
+    """{name: tensor}, memory-mapped. A pickle is opened as data only, so it runs no code."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as stored:
@@ -647,7 +651,7 @@ def read_tensors(file):
         else:
             mapped = zipfile.is_zipfile(file)  # old pickles cannot be mapped
             tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
-    except Exception as error:  # pickle, zip and safetensors each have their own classes
+    except Exception as error:  # pickle, zip and safetensors have classes of their own
         raise ValueError(
             f"{file} is damaged, or no plain tensor file: {str(error)[:200]}"
         ) from None
@@ -658,7 +662,7 @@ def read_tensors(file):
 
 
 def main():
-    """Sends an image through the VAE and back, and prints how much is lost."""
+    """Encodes and decodes an image, and prints the error."""
     shapes = Path(__file__).resolve().parent / "weights" / "shapes"
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("image", nargs="?", default=shapes / "example.png", help="a picture")
