@@ -4,7 +4,7 @@
     source ─► Wan VAE ─► latents, added to the noisy ones ───────────────────────────┤
     references ─► Wan VAE ─► latents, appended to the sequence ──────────────────────┴─► Wan DiT
 
-Notable details, compared with other editors built on a multimodal LLM (paper, section 3.2):
+What is unusual, compared with other editors built on a multimodal LLM (paper, section 3.2):
 - The connector is two linear layers. MetaQuery needed a 1.6B transformer because its MLLM was
   frozen. Here LoRA lets the MLLM form the editing semantics, so the connector only maps hidden
   states to the width of the DiT's context.
@@ -186,8 +186,8 @@ class InstructX(nn.Module):
         if len(references) > self.config.max_references:
             most = self.config.max_references
             raise ValueError(f"{len(references)} references; these weights take at most {most}")
-        shown = [self.shown_reference(picture, frames.shape) for picture in references]
-        references = [self.framed_reference(picture, frames.shape) for picture in shown]
+        shown = [self.reference_for_mllm(picture, frames.shape) for picture in references]
+        references = [self.reference_for_dit(picture, frames.shape) for picture in shown]
 
         report("understand", 0, 1)
         # Both branches see the same pictures, and the unconditional one an empty instruction. So
@@ -195,25 +195,25 @@ class InstructX(nn.Module):
         instructions = [instruction] if guidance == 1 else [instruction, ""]
         prompts = [self.prompt(frames, words, shown, fps) for words in instructions]
         inputs = self.processor.collate(prompts, same_pictures=True)
-        context = self.context(inputs, is_video=len(frames) > 1)  #             (1 or 2, Q, 4096)
+        context = self.context(inputs, is_video=len(frames) > 1)              # (1 or 2, Q, 4096)
         check_finite(context, "context")
         report("understand", 1, 1)
 
         latents = []
         for pictures in (frames, *(reference[None] for reference in references)):
             report("encode", len(latents), 1 + len(references))
-            latents.append(self.encode(pictures))  #                            (1, 16, F, h, w)
+            latents.append(self.encode(pictures))                             # (1, 16, F, h, w)
         source, *references = latents
         report("encode", len(latents), len(latents))
 
         report("denoise", 0, steps)
-        latents = source, references
-        z = self.sample(context, source.shape, *latents, steps, guidance, seed, progress)
-        check_finite(z, "result")  #                                            (1, 16, F, h, w)
+        sampling = steps, guidance, seed, progress
+        z = self.sample(context, source.shape, source, references, *sampling)
+        check_finite(z, "result")                                             # (1, 16, F, h, w)
 
         report("decode", 0, len(frames))
         pieces, done = [], 0
-        for piece in self.decode(z, frames.shape):  #                           (t, H, W, 3)
+        for piece in self.decode(z, frames.shape):                            # (t, H, W, 3)
             (write or pieces.append)(piece)
             done += len(piece)
             report("decode", done, len(frames))
@@ -253,12 +253,12 @@ class InstructX(nn.Module):
     def context(self, inputs, is_video):
         """The DiT's context, in place of T5 embeddings. `inputs`: a prompt, or a collated batch."""
         has_reference = self.has_reference(inputs)
-        queries = self.connector.queries(is_video, has_reference)  #            (Q, D)
-        hidden = self.mllm(**inputs, queries=self.with_turn_end(queries))  #    (B, L+Q, D)
-        features = hidden[:, -len(queries) :]  #                                (B, Q, D)
-        context = self.connector(features)  #                                   (B, Q, 4096)
+        queries = self.connector.queries(is_video, has_reference)             # (Q, D)
+        hidden = self.mllm(**inputs, queries=self.with_turn_end(queries))     # (B, L+Q, D)
+        features = hidden[:, -len(queries) :]                                 # (B, Q, D)
+        context = self.connector(features)                                    # (B, Q, 4096)
         if has_reference:
-            states = self.reference_states(hidden, inputs)  #                   (B, R, D)
+            states = self.reference_states(hidden, inputs)                    # (B, R, D)
             context = torch.cat([self.connector.reference(states), context], dim=1)
         return context
 
@@ -331,20 +331,20 @@ class InstructX(nn.Module):
     def decode(self, z, shape):
         """Latents (1, 16, F, h, w) -> uint8 frames, cropped to `shape` (T, H, W, 3), in pieces."""
         remaining, height, width, _ = shape
-        for video in self.vae.decode_stream(z):  #                              (1, 3, t, H, W)
+        for video in self.vae.decode_stream(z):                               # (1, 3, t, H, W)
             frames = to_frames(video[:, :, :remaining, :height, :width])
             remaining -= len(frames)
             if len(frames):
-                yield frames  #                                                 (t, H, W, 3)
+                yield frames                                                  # (t, H, W, 3)
 
-    def shown_reference(self, picture, shape):
+    def reference_for_mllm(self, picture, shape):
         """A reference -> uint8 (H, W, 3) for the MLLM. `shape`: of the source, (T, H, W, ...)."""
         if self.config.reference_padded:
             return np.asarray(to_pil(picture))
         return fit_reference(picture, shape[1] * shape[2])
 
-    def framed_reference(self, picture, shape):
-        """The result of `shown_reference` -> uint8 (H, W, 3) for the DiT."""
+    def reference_for_dit(self, picture, shape):
+        """The result of `reference_for_mllm` -> uint8 (H, W, 3) for the DiT."""
         if not self.config.reference_padded:
             return picture
         size = shape[2], shape[1]

@@ -6,7 +6,7 @@ cross-attention to the instruction, and a feed-forward layer. The timestep modul
 (arXiv 2510.08485, section 3.2) replaces the text by the connector's output, adds the latents of
 the source to the noisy ones, and appends the latents of the references to the sequence.
 
-Notable details:
+What is unusual:
 - One projection of the time embedding serves all blocks. Each block adds a small table of its own.
 - Queries and keys are normalised over the whole width, before it is split into heads.
 - A reference counts as one more frame after the last one. It has its own grid, so its size may
@@ -205,10 +205,10 @@ class Attention(nn.Module):
     def forward(self, x, context=None, rope=None):
         """x (B, L, D), context (B, M, D), rope: cos and sin -> (B, L, D) in the weights' dtype."""
         context = x if context is None else context
-        v = self.heads(self.v(context))  #                             (B, M, K, d)
-        q = self.heads(self.norm_q(self.q(x)))  #                      (B, L, K, d), float32
+        v = self.heads(self.v(context))                              # (B, M, K, d)
+        q = self.heads(self.norm_q(self.q(x)))                       # (B, L, K, d), float32
         q = (rotate(q, *rope) if rope else q).type_as(v)
-        k = self.heads(self.norm_k(self.k(context)))  #                (B, M, K, d), float32
+        k = self.heads(self.norm_k(self.k(context)))                 # (B, M, K, d), float32
         k = (rotate(k, *rope) if rope else k).type_as(v)
         return self.o(attention(q, k, v))
 
@@ -303,19 +303,19 @@ class WanDiT(nn.Module):
 
     def denoise(self, z, t, condition):
         """z (B, C, F, h, w) of any float dtype, t (B,) in [0, 1000] -> velocity like z."""
-        x = self.patch_embedding(z)  #                                               (B, L, D)
+        x = self.patch_embedding(z)                                                # (B, L, D)
         L = x.shape[1]
         if condition.source is not None:
             sigma = t.view(-1, 1, 1) / 1000 if self.config.source_scaled else 1
-            x = x + sigma * condition.source  #                                      (B, L, D)
+            x = x + sigma * condition.source                                       # (B, L, D)
         if condition.references is not None:
-            x = torch.cat([x, condition.references], dim=1)  #                       (B, L+R, D)
-        t_embedding = self.time_embedding(sinusoids(t, self.config.freq_dim))  #     (B, D)
-        t_projection = self.time_projection(t_embedding).unflatten(1, (6, -1))  #    (B, 6, D)
+            x = torch.cat([x, condition.references], dim=1)                        # (B, L+R, D)
+        t_embedding = self.time_embedding(sinusoids(t, self.config.freq_dim))      # (B, D)
+        t_projection = self.time_projection(t_embedding).unflatten(1, (6, -1))     # (B, 6, D)
         for block in self.blocks:
-            x = block(x, t_projection, condition.context, *condition.rope)  #        (B, L+R, D)
-        v = self.head(x[:, :L], t_embedding)  #                                      (B, L, pqrC)
-        v = unpatchify(v, self.grid(z.shape), self.config.patch_size)  #             (B, C, F, h, w)
+            x = block(x, t_projection, condition.context, *condition.rope)         # (B, L+R, D)
+        v = self.head(x[:, :L], t_embedding)                                       # (B, L, pqrC)
+        v = unpatchify(v, self.grid(z.shape), self.config.patch_size)              # (B, C, F, h, w)
         return v.type_as(z)
 
     def condition(self, context, shape, source=None, references=()):

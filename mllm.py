@@ -3,7 +3,7 @@
     pictures ─► patches ─► vision tower ─► one embedding per 2x2 patches ─┐
     words ─► token embeddings ────────────────────────────────────────────┴► + queries ─► decoder
 
-Notable details, compared with an ordinary vision-language model:
+What is unusual, compared with an ordinary vision-language model:
 - Vision attention is local, in windows of 112x112 pixels. 4 of the 32 blocks see the whole frame.
   A patch spans 2 frames, and no block sees more of a clip than these 2 at once.
 - Positions have three axes: time, row and column (M-RoPE). A text token advances all three
@@ -333,11 +333,11 @@ class VisionTower(nn.Module):
         rope = self.rope(rows.to(patches.device), columns.to(patches.device))
         windows = WindowAttention(slots.to(patches.device), shape)
         frames = FrameAttention(grids)
-        x = self.patch_embed(patches)  #                                          (N, width)
+        x = self.patch_embed(patches)                                           # (N, width)
         for i, block in enumerate(self.blocks):
             full = i in self.config.fullatt_block_indexes
-            x = block(x, rope, frames if full else windows)  #                    (N, width)
-        return self.merger(x)  #                                                  (N/4, D)
+            x = block(x, rope, frames if full else windows)                     # (N, width)
+        return self.merger(x)                                                   # (N/4, D)
 
 
 # The language model.
@@ -517,12 +517,12 @@ class Qwen2_5_VL(nn.Module):
         mask = None if attention_mask is None else left_padding_mask(attention_mask, count)
         grids = image_grid_thw, video_grid_thw
         positions = self.positions(input_ids, attention_mask, *grids, second_per_grid_ts, count)
-        x = self.embed(input_ids, pixel_values, pixel_values_videos, *grids)  #  (B, L, D)
+        x = self.embed(input_ids, pixel_values, pixel_values_videos, *grids)   # (B, L, D)
         if queries is not None:
-            queries = queries.to(x).expand(len(x), -1, -1)  #                    (B, Q, D)
-            x = torch.cat([x, queries], dim=1)  #                                (B, L + Q, D)
+            queries = queries.to(x).expand(len(x), -1, -1)                     # (B, Q, D)
+            x = torch.cat([x, queries], dim=1)                                 # (B, L + Q, D)
         mask = mask if mask is None else mask.to(x.device)
-        return self.model(x, positions, mask)  #                                 (B, L + Q, D)
+        return self.model(x, positions, mask)                                  # (B, L + Q, D)
 
     def embed(self, input_ids, images=None, videos=None, image_grids=None, video_grids=None):
         """Word embeddings (B, L, D), with picture embeddings at the picture tokens."""

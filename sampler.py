@@ -5,7 +5,7 @@ v = ε - x (InstructX, section 3.3; Wan2.1, section 4). Sampling walks the line 
 0. The network appears here only as a function `velocity(z, t)`, with t = 1000σ because Wan was
 trained on timesteps from 0 to 1000.
 
-Notable details: one object serves training and sampling, so both shift σ by the same formula.
+What is unusual: one object serves training and sampling, so both shift σ by the same formula.
 UniPC, Wan's default solver, covers one case only (it predicts x, B(h) = e^h - 1, order 2): one
 page instead of 800 lines.
 

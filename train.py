@@ -15,7 +15,7 @@ optionally "references": [FILE, ...]. Paths are relative to the data file. A cli
 a folder of frames. A broken edit is reported and skipped. --out receives metrics.jsonl, curves.png,
 validation/, checkpoints/ and at the end instructx/, which edit.py takes as --instructx.
 
-Notable details: the samples of a step, their noise, σ and dropped instructions depend on (seed,
+What is unusual: the samples of a step, their noise, σ and dropped instructions depend on (seed,
 step) alone. So there is no loader state to save, and reading ahead changes nothing. The same
 command resumes from the last checkpoint, on any number of processes, with the numbers of an
 uninterrupted run.
@@ -247,7 +247,7 @@ class Pairs:
 
     def __init__(self, args, files, multiple, stride, padded_references=False):
         self.args, self.multiple, self.stride = args, multiple, stride
-        self.padded_references = padded_references  # see InstructX.framed_reference
+        self.padded_references = padded_references  # see InstructX.reference_for_dit
         self.pairs, self.broken = [], {}  # broken: {file and line: message}
         for file in files:
             for i, line in read_lines(file):
@@ -533,14 +533,14 @@ class Loader:
     def sample(self, pair, shape, instruction, seed=0):
         frames, fps = read(pair.source, shape[0])  # (T, H, W, 3)
         images = [read_frames(path, limit=1).frames[0] for path in pair.references]
-        images = [self.model.shown_reference(image, shape[0]) for image in images]
+        images = [self.model.reference_for_mllm(image, shape[0]) for image in images]
         inputs = self.model.prompt(frames, instruction, images, fps)
         target = self.latents.look_up(pair.target, shape[0])
         source, references = None, []
         if self.args.stage > 1:
             source = self.latents.look_up(pair.source, shape[0], frames)
             for path, image in zip(pair.references, images):
-                image = self.model.framed_reference(image, shape[0])  # (H, W, 3), as in an edit
+                image = self.model.reference_for_dit(image, shape[0])  # (H, W, 3), as in an edit
                 padded = pad(image[None], self.pairs.multiple, self.pairs.stride)
                 key = "reference", *image.shape[:2]
                 references.append(self.latents.look_up(path, key, padded))

@@ -10,7 +10,7 @@ and width, 4 times in time. It is causal in time. Two rules define its behaviour
      keeps it and doubles the rest. So T = 4n + 1 frames make F = n + 1 latent frames, and an image
      is a clip with T = 1.
 
-Notable details: a clip is never processed whole. Frame 0 goes through alone, then `chunk` latent
+What is unusual: a clip is never processed whole. Frame 0 goes through alone, then `chunk` latent
 frames at a time. Each convolution keeps its last two input frames in a dict, under itself as key.
 The result is that of the whole clip, but memory does not grow with T. (One float32 feature map of
 96 channels at 81 x 480 x 832 alone would take 12.4 GB.)
@@ -182,10 +182,10 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.proj.weight)  # officially too the block starts as the identity
 
     def forward(self, x, cache):
-        tokens = self.norm(x).flatten(2, 3)  #                              (B, T, HW, C)
-        q, k, v = pointwise(tokens, self.to_qkv).chunk(3, dim=-1)  #        T acts as the heads
-        y = F.scaled_dot_product_attention(q, k, v)  #                      (B, T, HW, C)
-        return x + pointwise(y, self.proj).unflatten(2, x.shape[2:4])  #    (B, T, H, W, C)
+        tokens = self.norm(x).flatten(2, 3)                               # (B, T, HW, C)
+        q, k, v = pointwise(tokens, self.to_qkv).chunk(3, dim=-1)         # T acts as the heads
+        y = F.scaled_dot_product_attention(q, k, v)                       # (B, T, HW, C)
+        return x + pointwise(y, self.proj).unflatten(2, x.shape[2:4])     # (B, T, H, W, C)
 
 
 class Downsample(nn.Module):
