@@ -81,6 +81,15 @@ def test_the_model_that_ships_edits(tmp_path):
     assert np.abs(result - target).mean() < 0.25 * np.abs(source - target).mean()
 
 
+def test_the_python_of_the_readme(tmp_path, monkeypatch):
+    """Five lines that everybody copies first."""
+    code = re.search(r"```python\n(.*?)```", (TOP / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "weights").symlink_to(TOP / "weights")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert pixels("night.png").shape == pixels(EXAMPLE).shape
+
+
 def test_clip_with_sound(tmp_path):
     """Size, number of frames, rate and sound are those of the input, whatever the models were
     trained on.
