@@ -303,11 +303,7 @@ class InstructX(nn.Module):
         steps = self.config.steps if steps is None else steps
         context = context[:1] if guidance == 1 else context
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        batch = (len(context), *shape[1:])
-        condition = self.dit.condition(context, batch, source, references)  # shared by all steps
-
-        def velocity(z, t):
-            return self.dit.denoise(z, t, condition)
+        velocity = self.velocity(context, (len(context), *shape[1:]), source, references)
 
         def report(done):
             if progress:
@@ -315,6 +311,11 @@ class InstructX(nn.Module):
 
         velocity = guided(velocity, guidance if len(context) == 2 else 1)
         return self.sampler(steps).sample(velocity, noise.to(context.device), report)
+
+    def velocity(self, context, shape, source, references):
+        """velocity(z, t) for z of `shape`. The condition is computed once for all steps."""
+        condition = self.dit.condition(context, shape, source, references)
+        return lambda z, t: self.dit.denoise(z, t, condition)
 
     def sampler(self, steps):
         return FlowSampler(steps, self.config.shift, self.config.solver)

@@ -150,7 +150,7 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
@@ -1156,8 +1156,11 @@ def distribute(model, device):
         mesh = init_device_mesh(device.type, (PROCESSES,))
         for module in (*model.dit.blocks, model.dit):
             fully_shard(module, mesh=mesh)
-        for method in ("condition", "denoise"):  # InstructX.sample calls these, not forward
-            register_fsdp_forward_method(model.dit, method)
+
+        def velocity(context, shape, source, references):
+            return lambda z, t: model.dit(z, t, context, source, references)
+
+        model.velocity = velocity  # FSDP gathers weights in `forward` alone
     else:
         model.dit.to(device)
     for module in (model.mllm, model.connector, model.vae):
