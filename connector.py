@@ -393,6 +393,10 @@ class InstructX(nn.Module):
         dit = WanDiT.from_pretrained(folders["dit"], device, dtype, blocks=dit_blocks)
         vae = WanVAE.from_pretrained(folders["vae"], device)
         processor = Processor.from_pretrained(folders.get("processor", folders["mllm"]))
+        tokens = 1 + max(processor.tokenizer.get_vocab().values())
+        if tokens > mllm.config.vocab_size:
+            known = f"tokenizer.json numbers {tokens} tokens, the model {mllm.config.vocab_size}"
+            raise ValueError(f"{folders['mllm']}: {known}; they are of different models")
         is_kiwi = "mllm_config" in folders
         if "instructx" in folders:
             config = read_config(folders["instructx"] / "config.json")

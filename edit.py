@@ -1178,7 +1178,8 @@ def stop(number, _):
 def main(argv=None):
     """Edits what the command line names, and prints the files written.
 
-    Exit code 2 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM.
+    Exit code 2 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM, and 129 when
+    the terminal closes.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it

@@ -1,6 +1,7 @@
 """edit.py as a user meets it: what comes out lies on what went in; what cannot be is one line."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -16,8 +17,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, TiffImagePlugin
+from safetensors.torch import load_file, save_file
 
 import edit
 from edit import (
@@ -213,6 +216,33 @@ def overwrite(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def rename_token(folder):
+    """The tokenizer of another model has numbers that this one's embedding has not."""
+    file = folder / "mllm" / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    raw["model"]["vocab"]["zzz"] = 100_000
+    file.write_text(json.dumps(raw))
+
+
+def in_place_of_a_file(name):
+    def damage(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def change(model, function, value, prefix=""):
+    def damage(folder):
+        file = folder / model / "model.safetensors"
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            tensors[name] = function(tensors[name], value)
+        save_file(tensors, file)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage, said",
     [
@@ -228,6 +258,16 @@ def overwrite(name, text):
         (overwrite("instructx/config.json", '{"lora": 3}'), "lora"),
         (overwrite("vae/config.json", "[]"), "vae"),
         (overwrite("mllm/config.json", "not json"), "mllm/config.json"),
+        (overwrite("vae/config.json", '{"temperal_downsample": [{}, true, true]}'), "temporal"),
+        (rename_token, "tokenizer.json"),
+        (overwrite("mllm/preprocessor_config.json", '{"image_mean": [{}, 0, 0]}'), "preprocessor"),
+        (overwrite("mllm/preprocessor_config.json", '{"image_std": [0, 1, 1]}'), "image_std"),
+        (in_place_of_a_file("mllm/model.safetensors"), "mllm/model.safetensors"),
+        (in_place_of_a_file("instructx/dit/model.safetensors"), "dit/model.safetensors"),
+        (change("mllm", torch.Tensor.to, torch.float8_e4m3fn), "float8"),
+        (change("vae", torch.Tensor.to, torch.float8_e4m3fn), "16 bits or more"),
+        (change("instructx", torch.Tensor.to, torch.int32), "int32"),
+        (change("vae", torch.mul, math.inf, "decoder.head"), "not finite"),
     ],
 )
 def test_bad_weights_are_one_clear_line(damage, said, tiny_weights, photo, tmp_path, capsys):
@@ -249,10 +289,15 @@ def test_device_that_is_not_there(device, tiny_weights, photo, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "number, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    "number, code, said",
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "terminated"),
+    ],
 )
 def test_interrupt_leaves_nothing(tiny_weights, clip, tmp_path, number, code, said):
-    """Ctrl-C, or `timeout`: no traceback, the usual exit code, the old file as it was."""
+    """Ctrl-C, `timeout`, a closed terminal: no traceback, a usual code, the old file as it was."""
     output = tmp_path / "out.mp4"
     output.write_bytes(b"the result of an earlier run")
     options = ("-o", output, "--frames", "9", "--weights", tiny_weights, "--steps", "1000")
