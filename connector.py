@@ -333,6 +333,7 @@ class InstructX(nn.Module):
         """Latents (1, 16, F, h, w) -> uint8 frames, cropped to `shape` (T, H, W, 3), in pieces."""
         remaining, height, width, _ = shape
         for video in self.vae.decode_stream(z):                               # (1, 3, t, H, W)
+            check_finite(video, "picture")
             frames = to_frames(video[:, :, :remaining, :height, :width])
             remaining -= len(frames)
             if len(frames):
@@ -393,6 +394,10 @@ class InstructX(nn.Module):
         dit = WanDiT.from_pretrained(folders["dit"], device, dtype, blocks=dit_blocks)
         vae = WanVAE.from_pretrained(folders["vae"], device)
         processor = Processor.from_pretrained(folders.get("processor", folders["mllm"]))
+        tokens = 1 + max(processor.tokenizer.get_vocab().values())
+        if tokens > mllm.config.vocab_size:
+            known = f"tokenizer.json numbers {tokens} tokens, the model {mllm.config.vocab_size}"
+            raise ValueError(f"{folders['mllm']}: {known}; they are of different models")
         is_kiwi = "mllm_config" in folders
         if "instructx" in folders:
             config = read_config(folders["instructx"] / "config.json")
@@ -526,9 +531,13 @@ def read_safetensors(file, device, dtype):
     """{name: tensor} of a file. Raises ValueError if it is damaged."""
     try:
         with safe_open(file, "pt") as stored:
-            return {name: stored.get_tensor(name).to(device, dtype) for name in stored.keys()}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:  # 8 bits come with scales
+            raise ValueError(f"{file}: {name} is {tensor.dtype}; it should be float")
+    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
 
 
 def load_strictly(module, tensors, file):

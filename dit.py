@@ -525,7 +525,8 @@ def checkpoint_files(path):
             raise FileNotFoundError(f"{path} holds {len(files)} .safetensors files and no index")
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; {indices[0].name} names it")
+            reason = f"{indices[0].name} names it" if indices else "it should be a file"
+            raise FileNotFoundError(f"{file} is missing; {reason}")
     return files
 
 

@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -99,8 +100,8 @@ MOST_NARROW = 200  # the MLLM takes sides of less than 200 to 1
 REPORT_EVERY = 10  # seconds, where stderr is no terminal
 DEFAULT_WEIGHTS = Path(__file__).resolve().parent / "weights" / "shapes"
 
-# PIL warns of 89 million pixels and refuses twice as many. The refusal is enough.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# PIL warns of damaged EXIF, which is left out, and of large pictures. Its refusals are enough.
+warnings.filterwarnings("ignore", module="PIL")
 
 
 class MediaError(ValueError):
@@ -166,7 +167,8 @@ def media_shape(path):
             return clip.total, *clip.frames.shape[1:3]
         length = frame_count(image)
         # A PNG's EXIF counts only before its pixels, so that none need be decoded.
-        lies = length == 1 and Image.Image.getexif(image).get(0x0112, 1) > 4
+        lies = length == 1 and Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+        lies = lies and image.format != "TIFF"  # of which PIL tells the turned size
         return length, *(image.size if lies else image.size[::-1])
 
 
@@ -339,7 +341,7 @@ def read_clip(path, limit=None, size=None):
         aspect = (not size and track.sample_aspect_ratio) or Fraction(1)
         if lies_on_side(display):
             aspect = 1 / aspect
-        colors = clip_colors(first, track)
+        colors = clip_colors(first, track, remarks)
         transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
         layout = "rgba" if transparent else "rgb24"
         for picture in to_rgb(itertools.chain([first], pictures), layout, colors, remarks):
@@ -471,13 +473,15 @@ def upright(array, display_matrix):
     return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def clip_colors(picture, track):
+def clip_colors(picture, track, remarks):
     """(matrix, primaries, transfer) of a clip; () where it names none, or is RGB."""
     context = track.codec_context
     matrix, primaries, transfer = context.colorspace, context.color_primaries, context.color_trc
     if picture.format.is_rgb or {matrix, primaries, transfer} <= {0, UNKNOWN}:
         return ()
     if matrix not in MATRICES:
+        if matrix not in (0, UNKNOWN):
+            remarks.append(f"has colors (matrix {matrix} of H.273) that are not converted exactly")
         default = default_colors(picture.width, picture.height)[0]
         matrix = BT2020 if primaries == BT2020 else default
     return matrix, primaries, transfer
@@ -651,7 +655,10 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                 if stamps[i] in stamps[:i]:
                     return
                 if transparent:
-                    frame = without_white(frame, source.alpha[i])
+                    alpha = source.alpha[i]
+                    if suffix == ".gif":  # which has no half transparent pixels
+                        alpha = np.where(alpha < 128, np.uint8(0), np.uint8(255))
+                    frame = without_white(frame, alpha)
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
                 picture.pts, picture.time_base = stamps[i], tick
                 mux(pulled(graph, picture))
@@ -696,6 +703,8 @@ def add_pictures(container, options, shape, fps, tick, source):
     """Adds the picture track of a clip and opens its encoder -> the track."""
     _, codec, layout, settings = options
     height, width = shape[1:3]
+    if codec == "libx264" and source.times:
+        settings = settings | {"bf": "0"}  # B-frames come earlier, and take others' durations along
     track = container.add_stream(codec, fps, options=dict(settings))
     context = track.codec_context
     context.width, context.height, context.pix_fmt = width, height, layout
@@ -799,7 +808,8 @@ def carry(container, source, codecs, end):
             if codecs[packet.stream.index]:
                 with contextlib.suppress(av.InvalidDataError):  # a damaged packet is passed over
                     for frame in packet.decode():
-                        frame.pts -= round(source.start / frame.time_base)
+                        if frame.pts is not None:  # the last of WMA has none: it follows on
+                            frame.pts -= round(source.start / frame.time_base)
                         container.mux(new.encode(frame))
             elif packet.size:
                 shift = round(source.start / packet.time_base)
@@ -814,9 +824,17 @@ def carry(container, source, codecs, end):
 # The terminal
 
 
+def say(text, stream):
+    """Prints a line; if nobody takes it (`| head`, a full disk), the work goes on without."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def note(text):
     """A remark on stderr; not an error."""
-    print(f"edit.py: {' '.join(text.split())}", file=sys.stderr)
+    say(f"edit.py: {' '.join(text.split())}", sys.stderr)
 
 
 class Phases:
@@ -883,7 +901,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """One line and no more: argparse's own usage page hides what is wrong."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        say(f"{self.prog}: error: {' '.join(message.split())}", sys.stderr)
+        self.exit(2)
 
 
 def number(convert, least, most):
@@ -1083,6 +1102,10 @@ def load(args):
         raise ValueError(f"--device {device} is not available ({reason})") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    elif args.compile:
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        if not shutil.which(os.environ.get("CXX", usual)):
+            raise ValueError(f"--compile needs the compiler {usual}, or the one that CXX names")
     quantize = torch.int8 if args.quantize else None
     settings = getattr(torch, dtype), args.instructx, args.offload, quantize
     model = InstructX.from_pretrained(args.weights, device, *settings)
@@ -1142,7 +1165,7 @@ def edit(args):
         settings = args.steps, args.guidance, args.seed, float(source.fps or 16)
         model.edit(frames, args.instruction, references, *settings, phases, write)
     phases.end()
-    print(phases.table(), file=sys.stderr)
+    say(phases.table(), sys.stderr)
     return outputs
 
 
@@ -1155,18 +1178,21 @@ def stop(number, _):
 def main(argv=None):
     """Edits what the command line names, and prints the files written.
 
-    Exit code 2 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM.
+    Exit code 2 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM, and 129 when
+    the terminal closes.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):  # names come out as they are, in any locale
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    signal.signal(signal.SIGTERM, stop)
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
+            signal.signal(getattr(signal, name), stop)
     args = parse(argv)
     try:
         for path in edit(args):
-            print(path)
+            say(path, sys.stdout)
     except (ValueError, OSError, FloatingPointError) as error:
         Parser(prog="edit.py").error(str(error))
     except (MemoryError, RuntimeError) as error:

@@ -1018,8 +1018,8 @@ def read_tensors(path, prefix=""):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is {tensor.dtype}, no floating point tensor")
+        if not tensor.is_floating_point() or tensor.itemsize < 2:  # 8 bits come with scales
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; it should be float")
     return tensors
 
 
@@ -1042,7 +1042,8 @@ def checkpoint_files(path):
             raise FileNotFoundError(f"{path} holds {len(files)} .safetensors files and no index")
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; {indices[0].name} names it")
+            reason = f"{indices[0].name} names it" if indices else "it should be a file"
+            raise FileNotFoundError(f"{file} is missing; {reason}")
     return files
 
 
@@ -1160,8 +1161,12 @@ def load_processor(cls, folder):
                 raw[name] = size.get(edge)
         settings = {name: raw[name] for name in PROCESSOR_SETTINGS if raw.get(name) is not None}
         sizes = [settings[name] for name in PROCESSOR_SETTINGS[:5] if name in settings]
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        if not all(isinstance(size, int) and 0 < size < 2**31 for size in sizes):
             raise ValueError(f"sizes should be whole numbers above 0, not {sizes}")
+        for name in {"image_mean", "image_std"} & set(settings):
+            settings[name] = [float(level) for level in settings[name]]
+            if len(settings[name]) != 3 or not min(settings[name]) >= (name == "image_std") * 1e-6:
+                raise ValueError(f"{name} should be three numbers, not {settings[name]}")
         return cls(tokenizer, **settings)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{settings_file}: {error}") from None

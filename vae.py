@@ -619,6 +619,8 @@ def read_config(file, released=VAEConfig()):
         config = replace(released, **settings)
         if not all(map(math.isfinite, config.latents_mean)) or not min(config.latents_std) > 0:
             raise ValueError("latents_mean should be numbers, latents_std above 0")
+        if not all(isinstance(halved, bool) for halved in config.temporal_downsample):
+            raise ValueError(f"temporal_downsample is {config.temporal_downsample}, not booleans")
         return config
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
@@ -656,8 +658,9 @@ def read_tensors(file):
             f"{file} is damaged, or no plain tensor file: {str(error)[:200]}"
         ) from None
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{file}: {name} is no floating point tensor")
+        floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if not floating or tensor.itemsize < 2:  # 8 bits come with scales
+            raise ValueError(f"{file}: {name} is no floating point tensor of 16 bits or more")
     return tensors
 
 

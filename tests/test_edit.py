@@ -1,6 +1,7 @@
 """edit.py as a user meets it: what comes out lies on what went in; what cannot be is one line."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -16,8 +17,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageCms, TiffImagePlugin
+from safetensors.torch import load_file, save_file
 
 import edit
 from edit import (
@@ -213,6 +216,33 @@ def overwrite(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def rename_token(folder):
+    """The tokenizer of another model has numbers that this one's embedding has not."""
+    file = folder / "mllm" / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    raw["model"]["vocab"]["zzz"] = 100_000
+    file.write_text(json.dumps(raw))
+
+
+def in_place_of_a_file(name):
+    def damage(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def change(model, function, value, prefix=""):
+    def damage(folder):
+        file = folder / model / "model.safetensors"
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            tensors[name] = function(tensors[name], value)
+        save_file(tensors, file)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage, said",
     [
@@ -228,6 +258,16 @@ def overwrite(name, text):
         (overwrite("instructx/config.json", '{"lora": 3}'), "lora"),
         (overwrite("vae/config.json", "[]"), "vae"),
         (overwrite("mllm/config.json", "not json"), "mllm/config.json"),
+        (overwrite("vae/config.json", '{"temperal_downsample": [{}, true, true]}'), "temporal"),
+        (rename_token, "tokenizer.json"),
+        (overwrite("mllm/preprocessor_config.json", '{"image_mean": [{}, 0, 0]}'), "preprocessor"),
+        (overwrite("mllm/preprocessor_config.json", '{"image_std": [0, 1, 1]}'), "image_std"),
+        (in_place_of_a_file("mllm/model.safetensors"), "mllm/model.safetensors"),
+        (in_place_of_a_file("instructx/dit/model.safetensors"), "dit/model.safetensors"),
+        (change("mllm", torch.Tensor.to, torch.float8_e4m3fn), "float8"),
+        (change("vae", torch.Tensor.to, torch.float8_e4m3fn), "16 bits or more"),
+        (change("instructx", torch.Tensor.to, torch.int32), "int32"),
+        (change("vae", torch.mul, math.inf, "decoder.head"), "not finite"),
     ],
 )
 def test_bad_weights_are_one_clear_line(damage, said, tiny_weights, photo, tmp_path, capsys):
@@ -249,10 +289,15 @@ def test_device_that_is_not_there(device, tiny_weights, photo, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "number, code, said", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    "number, code, said",
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "terminated"),
+    ],
 )
 def test_interrupt_leaves_nothing(tiny_weights, clip, tmp_path, number, code, said):
-    """Ctrl-C, or `timeout`: no traceback, the usual exit code, the old file as it was."""
+    """Ctrl-C, `timeout`, a closed terminal: no traceback, a usual code, the old file as it was."""
     output = tmp_path / "out.mp4"
     output.write_bytes(b"the result of an earlier run")
     options = ("-o", output, "--frames", "9", "--weights", tiny_weights, "--steps", "1000")
@@ -580,6 +625,35 @@ def test_failing_while_writing_leaves_nothing(negative, clip, tmp_path, name, mo
         write_clip(tmp_path / "no" / "such" / "out.mp4", smooth(32, 48, frames=3), 10)
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_nobody_reads_what_is_printed(stream, tmp_path):
+    """`| head` ends before the work does: that is no reason to lose the result or to complain."""
+    Image.fromarray(smooth(40, 56)).save(tmp_path / "photo.png")
+    model = "def edit(self, frames, *more): more[-1](frames)"
+    script = f"import edit, sys\nclass Model:\n    trained = True\n    {model}\n"
+    script += (
+        "edit.load = lambda args: (Model(), 'cpu')\nedit.Phases.table = lambda phases: 'table'"
+    )
+    arguments = [str(tmp_path / "photo.png"), "x", "-o", str(tmp_path / "out.png")]
+    script += f"\nedit.note('hello')\nedit.main({arguments})"
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    ended = subprocess.run([sys.executable, "-c", script], cwd=SCRIPT.parent, text=True, **streams)
+    os.close(writer)
+    assert ended.returncode == 0 and "Error" not in (ended.stderr or "")
+    assert (tmp_path / "out.png").is_file()
+
+
+def test_compiling_without_a_compiler(photo, tmp_path, monkeypatch, capsys):
+    """It would be missed by torch at the first step, in pages of text."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    options = ("-o", tmp_path / "out.png", "--compile", "--device", "cpu")
+    code, _, err = run(capsys, photo, "x", *options)
+    assert code == 2 and err.count("\n") == 1 and "compiler" in err
+    assert os.listdir(tmp_path) == ["photo.png"]
+
+
 # Images
 
 
@@ -597,6 +671,27 @@ def test_photo_turned_by_exif(negative, tmp_path, capsys):
     assert result.getexif().get(0x0112, 1) == 1 and result.getexif()[0x010F] == "Maker"
     assert difference(result, 255 - np.rot90(frame, -1)) < 2
     assert media_shape(tmp_path / "in.jpg") == (1, 56, 40)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", [0, 1, 3, 5, 6, 7, 8, 9])
+def test_shape_of_a_turned_photo(tmp_path, suffix, orientation):
+    """The shape from the header decides what is edited at all, and must be that of the pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(smooth(40, 56)).save(tmp_path / f"a{suffix}", exif=exif)
+    shape = media_shape(tmp_path / f"a{suffix}")
+    assert shape == read_frames(tmp_path / f"a{suffix}").frames.shape[:3]
+
+
+def test_damaged_exif_is_left_out_in_silence(tmp_path):
+    """PIL's warnings name lines of PIL, and nobody can do anything about them."""
+    broken = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03"
+    Image.fromarray(smooth(40, 56)).save(tmp_path / "a.jpg", exif=broken)
+    script = f"import edit; edit.read_frames({str(tmp_path / 'a.jpg')!r})"
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert ended.returncode == 0 and not ended.stderr
 
 
 def test_exif_that_does_not_fit(negative, photo, tmp_path, capsys):
@@ -772,6 +867,19 @@ def test_every_format_keeps_size_and_number_of_frames(tmp_path, suffix, shape):
     assert difference(media.frames, frames) <= limit
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".webm"])
+def test_the_last_frame_is_shown_as_long_as_before(tmp_path, suffix):
+    """With B-frames the end of an H.264 clip has the duration of some other frame."""
+    frames, times = (
+        smooth(48, 64, frames=5),
+        tuple(Fraction(n, 100) for n in (0, 1, 21, 24, 28, 38)),
+    )
+    media = Media(tmp_path, frames, Fraction(13), times=times)
+    write_clip(tmp_path / f"a{suffix}", frames, 13, media)
+    result = read_frames(tmp_path / f"a{suffix}").times
+    assert [round(float(time), 2) for time in result] == [float(time) for time in times]
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".webm", ".gif", ".webp", ".png"])
 def test_varying_frame_rate(tmp_path, suffix):
     """Frames are neither doubled nor dropped, and each stays at its time."""
@@ -902,6 +1010,16 @@ def test_surround_to_webm(tmp_path, layout, codec):
         write_clip(tmp_path / f"out{suffix}", media.frames, media.fps, media)
         with av.open(str(tmp_path / f"out{suffix}")) as container:
             assert sum(frame.samples for frame in container.decode(audio=0)) > 20_000
+
+
+def test_sound_that_ends_without_a_time(tmp_path):
+    """What WMA's decoder gives at the end has none: the whole track was left out."""
+    film(tmp_path / "a.asf", *H264, "-c:a", "wmav2", sound=True)
+    media = read_frames(tmp_path / "a.asf")
+    for suffix in (".mp4", ".webm"):
+        write_clip(tmp_path / f"out{suffix}", media.frames, media.fps, media)
+        (_, times, _) = sounds(tmp_path / f"out{suffix}")[0]
+        assert times[0] < 0.2 and times[-1] > 0.9
 
 
 def test_a_track_that_nobody_can_decode(negative, tmp_path, capsys):
@@ -1110,6 +1228,26 @@ def test_alpha_of_clips(tmp_path):
     said = []
     with edit.clip_writer(tmp_path / "o.mp4", media.frames.shape, 25, media, said.append):
         assert "transparent" in said[0]
+
+
+def test_half_transparent_pixels_in_a_gif(tmp_path):
+    """A GIF shows a pixel or not: as opaque ones they keep the color that they have on white."""
+    frames = np.full((3, 32, 48, 3), (255, 127, 127), np.uint8)  # red, half transparent
+    alpha = np.full(frames.shape[:3], 128, np.uint8)
+    alpha[:, :8] = 0
+    write_clip(tmp_path / "a.gif", frames, 10, Media(tmp_path, frames, alpha=alpha))
+    result = read_frames(tmp_path / "a.gif")
+    assert not result.alpha[:, :8].any() and result.alpha[:, 8:].min() == 255
+    assert difference(result.frames[:, 8:], frames[:, 8:]) < 4
+
+
+def test_colors_that_are_not_converted_are_said(negative, tmp_path, capsys):
+    """YCgCo, which FFmpeg's scaler does not know, would be taken for another matrix in silence."""
+    tags = "h264_metadata=colour_primaries=1:transfer_characteristics=1:matrix_coefficients=8"
+    film(tmp_path / "a.mp4", *H264, "-bsf:v", tags, seconds=0.2)
+    options = ("-o", tmp_path / "out.mp4", "--weights", tmp_path)
+    code, _, err = run(capsys, tmp_path / "a.mp4", "x", *options)
+    assert code == 0 and "matrix 8" in err
 
 
 def test_animations_are_clips(negative, tmp_path, capsys):
