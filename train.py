@@ -182,6 +182,9 @@ def complete(args):
         raise ValueError(f"--device {name} is not available ({reason}); try cpu") from None
     args.precision = args.precision or ("bfloat16" if args.device.type == "cuda" else "float32")
     args.config = dict(config_setting(pair) for pair in args.config or [])
+    for file in [*args.data, *filter(None, [args.validate])]:
+        if not file.is_file():  # a pipe could block, and resuming reads the data again
+            raise ValueError(f"there is no data file {file}")
     sampling = {"steps", "shift", "solver"} & args.config.keys()
     FlowSampler(**{name: args.config[name] for name in sampling})  # raises for unusable values
 
@@ -222,19 +225,26 @@ class Pair:
 
 def read_lines(file):
     """Yields (line number, JSON) for each edit of JSON lines, or of a CSV in Kiwi-Edit's format."""
-    if file.suffix.lower() == ".csv":
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
+    with file.open("rb") as stream:
+        encoding = json.detect_encoding(stream.read(4))  # of UTF-8, -16 and -32
+    is_csv = file.suffix.lower() == ".csv"
+    newline = "" if is_csv else "\n"  # other line ends may stand in a JSON string
+    # Bytes that are no text become surrogates, so that only their own line is broken.
+    with file.open(encoding=encoding, errors="surrogateescape", newline=newline) as stream:
+        if is_csv:
+            reader = csv.DictReader(stream, strict=True)  # an open quote would swallow edits
+            missing = {"src_video", "tgt_video", "prompt"}.difference(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"no column {', '.join(sorted(missing))}")
             for row in reader:
-                edit = {"source": row.get("src_video"), "target": row.get("tgt_video")}
-                edit["instruction"] = row.get("prompt")
+                edit = {"source": row["src_video"], "target": row["tgt_video"]}
+                edit["instruction"] = row["prompt"]
                 edit["references"] = [row["ref_image"]] if row.get("ref_image") else []
                 yield reader.line_num, json.dumps(edit)
-    else:
-        with file.open("rb") as stream:  # in text mode a line could end inside a JSON string
+        else:
             for i, line in enumerate(stream, 1):
-                if line.strip():
-                    yield i, line
+                if line.strip("\ufeff \r\n"):
+                    yield i, line.lstrip("\ufeff")
 
 
 class Pairs:
@@ -250,8 +260,11 @@ class Pairs:
         self.padded_references = padded_references  # see InstructX.reference_for_dit
         self.pairs, self.broken = [], {}  # broken: {file and line: message}
         for file in files:
-            for i, line in read_lines(file):
-                self.add(f"{file}:{i}", file.parent, line)
+            try:
+                for i, line in read_lines(file):
+                    self.add(f"{file}:{i}", file.parent, line)
+            except (ValueError, csv.Error) as error:  # nothing can be read after it
+                raise ValueError(f"{file}: {error}") from None
 
         cache = (args.cache or args.out) / "sizes.json"
         self.sizes = {}
@@ -278,10 +291,16 @@ class Pairs:
     def add(self, where, folder, line):
         try:
             row = json.loads(line)
-            source, target = folder / row["source"], folder / row["target"]
-            references = [folder / path for path in row.get("references") or []]
+            references = row.get("references") or []
+            if not isinstance(references, list):
+                raise TypeError("references are no list")
+            paths = [row["source"], row["target"], *references]
+            if not all(isinstance(path, str) and path for path in paths):
+                raise TypeError("a path is empty or no text")
             if not isinstance(row["instruction"], str):
                 raise TypeError("the instruction is no text")
+            row["instruction"].encode()  # raises for bytes that were no text
+            source, target, *references = (folder / path for path in paths)
             self.pairs.append(Pair(where, source, target, references, row["instruction"]))
         except Exception as error:  # a bad edit, here and below, must not end a run
             reason = f"not an edit with source, target and instruction ({error!r})"
@@ -855,7 +874,8 @@ def read_pairs(args, files, model):
     if IS_FIRST:
         gather(None)
     if not any(pairs.buckets.values()):
-        reason = next(iter(pairs.broken.values()), f"stage {args.stage} takes images alone")
+        nothing = "stage 1 takes images alone" if pairs.pairs else "there is none"
+        reason = next(iter(pairs.broken.values()), nothing)
         raise ValueError(f"no usable edit in {', '.join(map(str, files))}: {reason}")
     return pairs
 

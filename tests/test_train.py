@@ -614,6 +614,56 @@ def break_everything(folder):
     return file, {f"{file}:{i}": reason for i, reason in enumerate(reasons, len(rows) + 1)}
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_data_of_other_encodings(settings, data, tmp_path, encoding):
+    """PowerShell writes UTF-16: a line cut at the byte of a line end would lose edits."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["source"], row["target"] = (str(data.parent / row[key]) for key in ("source", "target"))
+        row |= {"instruction": f"\u010a{row['instruction']}", "references": []}
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "d.jsonl").write_bytes(text.encode(encoding))
+    args = settings(2, "--data", tmp_path / "d.jsonl")
+    pairs = train.Pairs(args, args.data, 16, 4)
+    assert not pairs.broken
+    assert [pair.instruction for pair in pairs.pairs] == [row["instruction"] for row in rows]
+
+
+def test_odd_fields_break_their_line_alone(settings, data, tmp_path):
+    """An empty path is the data folder, a string a list of letters: both could be read as media."""
+    row = json.loads(data.read_text().splitlines()[-1])
+    row = {
+        **row,
+        "source": str(data.parent / row["source"]),
+        "target": str(data.parent / row["target"]),
+    }
+    changes = [{"source": ""}, {"target": None}, {"references": "a.png"}, {"references": [""]}]
+    lines = [json.dumps({**row, **change}).encode() for change in [*changes, {"references": [[]]}]]
+    lines += [json.dumps(row).replace("edit", "\xe9dit").encode("latin-1"), b"[" * 10**5, b"\0"]
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join([*lines, json.dumps(row).encode()]))
+    args = settings(2, "--data", tmp_path / "d.jsonl")
+    pairs = train.Pairs(args, args.data, 16, 4)
+    assert len(pairs.broken) == len(lines) and len(pairs.pairs) == 1
+
+
+@pytest.mark.parametrize(
+    "name, text, reason",
+    [
+        ("d.jsonl", "", "there is none"),
+        ("d.csv", "", "no column prompt, src_video, tgt_video"),
+        ("d.csv", "src_video,tgt_video\na,b\n", "no column prompt"),
+        ("d.csv", 'src_video,tgt_video,prompt\na,b,"c\nd,e,f\n', "unexpected end of data"),
+        ("d.csv", "src_video,tgt_video,prompt\n" + "a" * 200000, "field larger than"),
+    ],
+)
+def test_data_files_that_are_none(arguments, tmp_path, capsys, name, text, reason):
+    """What is wrong with the whole file ends the run in one line that names it."""
+    (tmp_path / name).write_text(text)
+    assert train.main(arguments(2, "--data", tmp_path / name)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ") and name in line and reason in line
+
+
 def test_broken_pairs_are_named_and_skipped(arguments, out, tmp_path, capsys):
     """One bad file of a million must not end a run, nor go unnoticed; each is said in one line."""
     file, reasons = break_everything(tmp_path / "data")
@@ -954,6 +1004,8 @@ def test_metrics_and_curves(arguments, out, data):
         (["--lr", "-1"], "--lr"),
         (["--steps", "0"], "--steps"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "/dev/zero"], "/dev/zero"),
+        (["--validate", "/"], "there is no data file /"),
         (["--weights", "nowhere"], "nowhere"),
         (["--start", "/"], "config.json"),
         (["--device", "nonsense"], "--device nonsense"),
