@@ -143,7 +143,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -177,7 +176,7 @@ def complete(args):
     try:
         args.device = torch.device(name)
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # some devices lack a module, others an attribute
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name} is not available ({reason}); try cpu") from None
     args.precision = args.precision or ("bfloat16" if args.device.type == "cuda" else "float32")
@@ -268,15 +267,16 @@ class Pairs:
 
         cache = (args.cache or args.out) / "sizes.json"
         self.sizes = {}
-        with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or damaged
-            self.sizes = dict(json.loads(cache.read_text()))
+        with contextlib.suppress(Exception):  # none yet, or damaged
+            [(digest, sizes)] = json.loads(cache.read_text()).items()
+            self.sizes = sizes if digest == json_hash(sizes) else {}
         count = len(self.sizes)
         with ThreadPoolExecutor(READERS) as pool:
             shapes = pool.map(self.try_shape, self.pairs)
             bar = tqdm(shapes, "sizes", len(self.pairs), leave=False, disable=QUIET)
             self.shapes = list(bar)  # of each pair: (source's shape, references' shapes...) or None
         if len(self.sizes) > count:
-            write_cache(cache, json.dumps(self.sizes).encode())
+            write_cache(cache, json.dumps({json_hash(self.sizes): self.sizes}).encode())
         rows = [(pair.instruction, shape) for pair, shape in zip(self.pairs, self.shapes)]
         self.digest = hashlib.sha256(repr(rows).encode()).hexdigest()
 
@@ -422,6 +422,10 @@ class Pairs:
         return video, plan
 
 
+def json_hash(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def one_line(error):
     return " ".join(str(error).split())
 
@@ -479,10 +483,18 @@ class Latents:
     def look_up(self, path, shape, frames=None):
         """The Picture at `path`. Its `frames` may be passed in. Thread-safe: runs no VAE."""
         file = self.file(path, shape) if self.folder else None
-        if file and file.exists():
-            with contextlib.suppress(SafetensorError, OSError, KeyError):  # damaged: encode again
-                return Picture(load_file(file)["z"], None, file)
+        if file and file.is_file():
+            with contextlib.suppress(Exception):  # damaged: encode again
+                tensors = load_file(file)
+                if torch.equal(tensors["sha256"], self.checksum(tensors["z"])):
+                    return Picture(tensors["z"], None, file)
         return Picture(None, read(path, shape)[0] if frames is None else frames, file)
+
+    @staticmethod
+    def checksum(z):
+        """SHA-256 of a latent on the CPU, uint8 (32,)."""
+        content = repr((z.shape, z.dtype)).encode() + z.view(torch.uint8).numpy().tobytes()
+        return torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)
 
     def file(self, path, shape):
         key = self.vae_hash.copy()
@@ -503,7 +515,8 @@ class Latents:
     def encode(self, picture):
         z = self.vae.encode(to_video(picture.frames, like=self.vae.conv1.weight))
         if picture.file and self.folder:
-            content = to_bytes({"z": z.cpu().contiguous()})
+            stored = z.cpu().contiguous()
+            content = to_bytes({"z": stored, "sha256": self.checksum(stored)})
             if not write_cache(picture.file, content):
                 self.folder = None
         return z  # (1, 16, F, h, w)
@@ -778,7 +791,7 @@ def train(args, build, validate):
             pairs.report()
             bad_steps = 0 if finite else bad_steps + 1
             if not finite:
-                complain(step, loss, norm, rows, pairs, bad_steps)
+                complain(args, step, loss, norm, rows, pairs, bad_steps)
 
             # At intervals, a validation and a checkpoint.
             done = step + 1
@@ -789,7 +802,10 @@ def train(args, build, validate):
             is_overdue = time.monotonic() - checkpoints.saved > 60 * SAVE_MINUTES
             if any(gather(is_due or is_overdue)):
                 checkpoints.save(done)
-                metrics.draw()
+                try:
+                    metrics.draw()
+                except Exception as error:  # such as a log that was edited by hand
+                    say(f"curves.png could not be drawn ({one_line(error)})")
                 say(f"step {done} of {args.steps}: loss {loss:.4f}, checkpoint written")
             if stopping and not is_last:
                 say("stopped by a signal; the same command goes on from here")
@@ -898,14 +914,14 @@ def say(text):
         tqdm.write(f"train.py: {text}", file=sys.stderr)
 
 
-def complain(step, loss, norm, rows, pairs, bad_steps):
-    """Says why a step changed nothing. Raises TrainingError when there were PATIENCE in a row."""
+def complain(args, step, loss, norm, rows, pairs, bad_steps):
+    """Says why a step changed nothing. Raises TrainingError for PATIENCE in a row, or all steps."""
     reason = f"loss {loss}, gradient {norm}; its batch: {', '.join(where for _, where in rows)}"
     if not rows:
         broken = next(iter(pairs.broken.values()), "by other processes")
         reason = f"no sample could be read ({broken})"
-    if bad_steps == PATIENCE:
-        text = f"{PATIENCE} unusable steps in a row, the last is step {step}"
+    if bad_steps == min(PATIENCE, args.steps):
+        text = f"{bad_steps} unusable steps in a row, the last is step {step}"
         raise TrainingError(f"{text}: {reason}")
     say(f"step {step} skipped: {reason}")
 
@@ -928,7 +944,7 @@ class Metrics:
         self.file, self.rows = file, []
         text = file.read_text(errors="replace") if file.exists() else ""
         for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # killed inside a line
+            with contextlib.suppress(Exception):  # killed inside a line, or edited by hand
                 row = json.loads(line)
                 validated = "held_out" in row and first_step > 0
                 if row["step"] < first_step + validated:
@@ -1050,9 +1066,11 @@ class Checkpoints:
                 partial.mkdir(parents=True)
             gather(None)  # waits for the folder
             writer = HuggingFaceStorageWriter(partial, save_distributed=True)
-            dcp.save(self.state(), storage_writer=writer, no_dist=PROCESSES == 1)
+            tensors = self.state()
+            dcp.save(tensors, storage_writer=writer, no_dist=PROCESSES == 1)
             if IS_FIRST:
                 state = {"step": step, "settings": lasting(self.args), "data": self.data_digest}
+                state["tensors"] = len(tensors)
                 (partial / "state.json").write_text(json.dumps(state, indent=2))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
@@ -1061,8 +1079,12 @@ class Checkpoints:
                     shutil.rmtree(folder)
         except (Exception, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
+            failures = [cause for cause, _ in getattr(error, "failures", {}).values()]  # DCP's
+            cause = failures[0] if failures else error
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
             text = f"checkpoint {final} could not be written, the one before is whole"
-            raise TrainingError(f"{text} ({one_line(error)[-300:]})") from None
+            raise TrainingError(f"{text} ({one_line(cause)[-300:]})") from None
         self.saved = time.monotonic()
 
     def resume(self):
@@ -1075,9 +1097,11 @@ class Checkpoints:
             try:
                 state = json.loads((folder / "state.json").read_text())
                 step, before, now = state["step"], state["settings"], lasting(self.args)
+                if folder.name != f"step-{step:07d}":
+                    raise ValueError(f"state.json says step {step}")
                 changed = [name for name in now if before.get(name) != now[name]]
                 if not changed:
-                    self.load(folder)
+                    self.load(folder, state["tensors"])
             except (Exception, CheckpointException) as error:
                 say(f"{folder} is damaged ({one_line(error)[-200:]}); looking for one before it")
                 continue
@@ -1093,7 +1117,7 @@ class Checkpoints:
             raise ValueError(f"no checkpoint in {folders[0].parent} can be read; move them away")
         return 0
 
-    def load(self, folder):
+    def load(self, folder, count):
         owners = {}
         for optimizer in self.optimizers:
             optimizer.state.clear()
@@ -1105,7 +1129,13 @@ class Checkpoints:
                 p = self.parameters[name]
                 like = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
                 owners[p].state[p][key] = like.detach()
-        dcp.load(self.state(), storage_reader=reader, no_dist=PROCESSES == 1)
+        tensors = self.state()
+        if len(tensors) != count:
+            raise ValueError(f"{len(tensors)} of {count} tensors are left")
+        dcp.load(tensors, storage_reader=reader, no_dist=PROCESSES == 1)
+        parts = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
+        if not all(gather(all(bool(part.isfinite().all()) for part in parts))):
+            raise ValueError("its weights are not finite")
 
 
 def lasting(args):
@@ -1154,7 +1184,7 @@ def export(args, model):
 
 def finished(args):
     """The result's folder if this very run is complete, else None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(Exception):  # there is none, or it is damaged
         state = json.loads((args.out / "instructx" / "training.json").read_text())
         if state["settings"] == lasting(args) and state["step"] >= args.steps:
             say(f"{args.out} is finished after {state['step']} steps; nothing is left to do")
