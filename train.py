@@ -143,7 +143,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -177,11 +176,14 @@ def complete(args):
     try:
         args.device = torch.device(name)
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # some devices lack a module, others an attribute
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name} is not available ({reason}); try cpu") from None
     args.precision = args.precision or ("bfloat16" if args.device.type == "cuda" else "float32")
     args.config = dict(config_setting(pair) for pair in args.config or [])
+    for file in [*args.data, *filter(None, [args.validate])]:
+        if not file.is_file():  # a pipe could block, and resuming reads the data again
+            raise ValueError(f"there is no data file {file}")
     sampling = {"steps", "shift", "solver"} & args.config.keys()
     FlowSampler(**{name: args.config[name] for name in sampling})  # raises for unusable values
 
@@ -222,19 +224,26 @@ class Pair:
 
 def read_lines(file):
     """Yields (line number, JSON) for each edit of JSON lines, or of a CSV in Kiwi-Edit's format."""
-    if file.suffix.lower() == ".csv":
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
+    with file.open("rb") as stream:
+        encoding = json.detect_encoding(stream.read(4))  # of UTF-8, -16 and -32
+    is_csv = file.suffix.lower() == ".csv"
+    newline = "" if is_csv else "\n"  # other line ends may stand in a JSON string
+    # Bytes that are no text become surrogates, so that only their own line is broken.
+    with file.open(encoding=encoding, errors="surrogateescape", newline=newline) as stream:
+        if is_csv:
+            reader = csv.DictReader(stream, strict=True)  # an open quote would swallow edits
+            missing = {"src_video", "tgt_video", "prompt"}.difference(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"no column {', '.join(sorted(missing))}")
             for row in reader:
-                edit = {"source": row.get("src_video"), "target": row.get("tgt_video")}
-                edit["instruction"] = row.get("prompt")
+                edit = {"source": row["src_video"], "target": row["tgt_video"]}
+                edit["instruction"] = row["prompt"]
                 edit["references"] = [row["ref_image"]] if row.get("ref_image") else []
                 yield reader.line_num, json.dumps(edit)
-    else:
-        with file.open("rb") as stream:  # in text mode a line could end inside a JSON string
+        else:
             for i, line in enumerate(stream, 1):
-                if line.strip():
-                    yield i, line
+                if line.strip("\ufeff \r\n"):
+                    yield i, line.lstrip("\ufeff")
 
 
 class Pairs:
@@ -250,20 +259,24 @@ class Pairs:
         self.padded_references = padded_references  # see InstructX.reference_for_dit
         self.pairs, self.broken = [], {}  # broken: {file and line: message}
         for file in files:
-            for i, line in read_lines(file):
-                self.add(f"{file}:{i}", file.parent, line)
+            try:
+                for i, line in read_lines(file):
+                    self.add(f"{file}:{i}", file.parent, line)
+            except (ValueError, csv.Error) as error:  # nothing can be read after it
+                raise ValueError(f"{file}: {error}") from None
 
         cache = (args.cache or args.out) / "sizes.json"
         self.sizes = {}
-        with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or damaged
-            self.sizes = dict(json.loads(cache.read_text()))
+        with contextlib.suppress(Exception):  # none yet, or damaged
+            [(digest, sizes)] = json.loads(cache.read_text()).items()
+            self.sizes = sizes if digest == json_hash(sizes) else {}
         count = len(self.sizes)
         with ThreadPoolExecutor(READERS) as pool:
             shapes = pool.map(self.try_shape, self.pairs)
             bar = tqdm(shapes, "sizes", len(self.pairs), leave=False, disable=QUIET)
             self.shapes = list(bar)  # of each pair: (source's shape, references' shapes...) or None
         if len(self.sizes) > count:
-            write_cache(cache, json.dumps(self.sizes).encode())
+            write_cache(cache, json.dumps({json_hash(self.sizes): self.sizes}).encode())
         rows = [(pair.instruction, shape) for pair, shape in zip(self.pairs, self.shapes)]
         self.digest = hashlib.sha256(repr(rows).encode()).hexdigest()
 
@@ -278,10 +291,16 @@ class Pairs:
     def add(self, where, folder, line):
         try:
             row = json.loads(line)
-            source, target = folder / row["source"], folder / row["target"]
-            references = [folder / path for path in row.get("references") or []]
+            references = row.get("references") or []
+            if not isinstance(references, list):
+                raise TypeError("references are no list")
+            paths = [row["source"], row["target"], *references]
+            if not all(isinstance(path, str) and path for path in paths):
+                raise TypeError("a path is empty or no text")
             if not isinstance(row["instruction"], str):
                 raise TypeError("the instruction is no text")
+            row["instruction"].encode()  # raises for bytes that were no text
+            source, target, *references = (folder / path for path in paths)
             self.pairs.append(Pair(where, source, target, references, row["instruction"]))
         except Exception as error:  # a bad edit, here and below, must not end a run
             reason = f"not an edit with source, target and instruction ({error!r})"
@@ -403,6 +422,10 @@ class Pairs:
         return video, plan
 
 
+def json_hash(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def one_line(error):
     return " ".join(str(error).split())
 
@@ -460,10 +483,18 @@ class Latents:
     def look_up(self, path, shape, frames=None):
         """The Picture at `path`. Its `frames` may be passed in. Thread-safe: runs no VAE."""
         file = self.file(path, shape) if self.folder else None
-        if file and file.exists():
-            with contextlib.suppress(SafetensorError, OSError, KeyError):  # damaged: encode again
-                return Picture(load_file(file)["z"], None, file)
+        if file and file.is_file():
+            with contextlib.suppress(Exception):  # damaged: encode again
+                tensors = load_file(file)
+                if torch.equal(tensors["sha256"], self.checksum(tensors["z"])):
+                    return Picture(tensors["z"], None, file)
         return Picture(None, read(path, shape)[0] if frames is None else frames, file)
+
+    @staticmethod
+    def checksum(z):
+        """SHA-256 of a latent on the CPU, uint8 (32,)."""
+        content = repr((z.shape, z.dtype)).encode() + z.view(torch.uint8).numpy().tobytes()
+        return torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)
 
     def file(self, path, shape):
         key = self.vae_hash.copy()
@@ -484,7 +515,8 @@ class Latents:
     def encode(self, picture):
         z = self.vae.encode(to_video(picture.frames, like=self.vae.conv1.weight))
         if picture.file and self.folder:
-            content = to_bytes({"z": z.cpu().contiguous()})
+            stored = z.cpu().contiguous()
+            content = to_bytes({"z": stored, "sha256": self.checksum(stored)})
             if not write_cache(picture.file, content):
                 self.folder = None
         return z  # (1, 16, F, h, w)
@@ -759,7 +791,7 @@ def train(args, build, validate):
             pairs.report()
             bad_steps = 0 if finite else bad_steps + 1
             if not finite:
-                complain(step, loss, norm, rows, pairs, bad_steps)
+                complain(args, step, loss, norm, rows, pairs, bad_steps)
 
             # At intervals, a validation and a checkpoint.
             done = step + 1
@@ -770,7 +802,10 @@ def train(args, build, validate):
             is_overdue = time.monotonic() - checkpoints.saved > 60 * SAVE_MINUTES
             if any(gather(is_due or is_overdue)):
                 checkpoints.save(done)
-                metrics.draw()
+                try:
+                    metrics.draw()
+                except Exception as error:  # such as a log that was edited by hand
+                    say(f"curves.png could not be drawn ({one_line(error)})")
                 say(f"step {done} of {args.steps}: loss {loss:.4f}, checkpoint written")
             if stopping and not is_last:
                 say("stopped by a signal; the same command goes on from here")
@@ -855,7 +890,8 @@ def read_pairs(args, files, model):
     if IS_FIRST:
         gather(None)
     if not any(pairs.buckets.values()):
-        reason = next(iter(pairs.broken.values()), f"stage {args.stage} takes images alone")
+        nothing = "stage 1 takes images alone" if pairs.pairs else "there is none"
+        reason = next(iter(pairs.broken.values()), nothing)
         raise ValueError(f"no usable edit in {', '.join(map(str, files))}: {reason}")
     return pairs
 
@@ -878,14 +914,14 @@ def say(text):
         tqdm.write(f"train.py: {text}", file=sys.stderr)
 
 
-def complain(step, loss, norm, rows, pairs, bad_steps):
-    """Says why a step changed nothing. Raises TrainingError when there were PATIENCE in a row."""
+def complain(args, step, loss, norm, rows, pairs, bad_steps):
+    """Says why a step changed nothing. Raises TrainingError for PATIENCE in a row, or all steps."""
     reason = f"loss {loss}, gradient {norm}; its batch: {', '.join(where for _, where in rows)}"
     if not rows:
         broken = next(iter(pairs.broken.values()), "by other processes")
         reason = f"no sample could be read ({broken})"
-    if bad_steps == PATIENCE:
-        text = f"{PATIENCE} unusable steps in a row, the last is step {step}"
+    if bad_steps == min(PATIENCE, args.steps):
+        text = f"{bad_steps} unusable steps in a row, the last is step {step}"
         raise TrainingError(f"{text}: {reason}")
     say(f"step {step} skipped: {reason}")
 
@@ -908,7 +944,7 @@ class Metrics:
         self.file, self.rows = file, []
         text = file.read_text(errors="replace") if file.exists() else ""
         for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # killed inside a line
+            with contextlib.suppress(Exception):  # killed inside a line, or edited by hand
                 row = json.loads(line)
                 validated = "held_out" in row and first_step > 0
                 if row["step"] < first_step + validated:
@@ -1030,9 +1066,11 @@ class Checkpoints:
                 partial.mkdir(parents=True)
             gather(None)  # waits for the folder
             writer = HuggingFaceStorageWriter(partial, save_distributed=True)
-            dcp.save(self.state(), storage_writer=writer, no_dist=PROCESSES == 1)
+            tensors = self.state()
+            dcp.save(tensors, storage_writer=writer, no_dist=PROCESSES == 1)
             if IS_FIRST:
                 state = {"step": step, "settings": lasting(self.args), "data": self.data_digest}
+                state["tensors"] = len(tensors)
                 (partial / "state.json").write_text(json.dumps(state, indent=2))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
@@ -1041,8 +1079,12 @@ class Checkpoints:
                     shutil.rmtree(folder)
         except (Exception, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
+            failures = [cause for cause, _ in getattr(error, "failures", {}).values()]  # DCP's
+            cause = failures[0] if failures else error
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
             text = f"checkpoint {final} could not be written, the one before is whole"
-            raise TrainingError(f"{text} ({one_line(error)[-300:]})") from None
+            raise TrainingError(f"{text} ({one_line(cause)[-300:]})") from None
         self.saved = time.monotonic()
 
     def resume(self):
@@ -1055,9 +1097,11 @@ class Checkpoints:
             try:
                 state = json.loads((folder / "state.json").read_text())
                 step, before, now = state["step"], state["settings"], lasting(self.args)
+                if folder.name != f"step-{step:07d}":
+                    raise ValueError(f"state.json says step {step}")
                 changed = [name for name in now if before.get(name) != now[name]]
                 if not changed:
-                    self.load(folder)
+                    self.load(folder, state["tensors"])
             except (Exception, CheckpointException) as error:
                 say(f"{folder} is damaged ({one_line(error)[-200:]}); looking for one before it")
                 continue
@@ -1073,7 +1117,7 @@ class Checkpoints:
             raise ValueError(f"no checkpoint in {folders[0].parent} can be read; move them away")
         return 0
 
-    def load(self, folder):
+    def load(self, folder, count):
         owners = {}
         for optimizer in self.optimizers:
             optimizer.state.clear()
@@ -1085,7 +1129,13 @@ class Checkpoints:
                 p = self.parameters[name]
                 like = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
                 owners[p].state[p][key] = like.detach()
-        dcp.load(self.state(), storage_reader=reader, no_dist=PROCESSES == 1)
+        tensors = self.state()
+        if len(tensors) != count:
+            raise ValueError(f"{len(tensors)} of {count} tensors are left")
+        dcp.load(tensors, storage_reader=reader, no_dist=PROCESSES == 1)
+        parts = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
+        if not all(gather(all(bool(part.isfinite().all()) for part in parts))):
+            raise ValueError("its weights are not finite")
 
 
 def lasting(args):
@@ -1134,7 +1184,7 @@ def export(args, model):
 
 def finished(args):
     """The result's folder if this very run is complete, else None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(Exception):  # there is none, or it is damaged
         state = json.loads((args.out / "instructx" / "training.json").read_text())
         if state["settings"] == lasting(args) and state["step"] >= args.steps:
             say(f"{args.out} is finished after {state['step']} steps; nothing is left to do")

@@ -18,7 +18,9 @@ import pytest
 import torch
 import torch.distributed.run
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file
+from safetensors.torch import save as to_bytes
 
 import train
 from connector import InstructX, fit_reference
@@ -521,6 +523,12 @@ def test_damaged_and_left_over_latents(loader, tmp_path):
         picture.file.write_bytes(content)
         again = made.latents.look_up(tmp_path / "a.png", (1, 16, 16))
         assert again.z is None and torch.equal(made.latents([again]), z)
+    tensors = load(picture.file.read_bytes())
+    for other in (z + 1, z.half(), torch.cat([z, z]), torch.zeros(()), z * math.nan):
+        picture.file.write_bytes(to_bytes({**tensors, "z": other}))
+        assert made.latents.look_up(tmp_path / "a.png", (1, 16, 16)).z is None
+    picture.file.write_bytes(to_bytes(tensors))
+    assert torch.equal(made.latents.look_up(tmp_path / "a.png", (1, 16, 16)).z, z)
     left = picture.file.with_name(".killed.1234.safetensors")
     left.touch()
     train.Latents(made.model.vae, cache)
@@ -528,6 +536,18 @@ def test_damaged_and_left_over_latents(loader, tmp_path):
     os.utime(left, (1, 1))
     train.Latents(made.model.vae, cache)
     assert not left.exists() and picture.file.exists()
+
+
+def test_damaged_sizes_are_looked_up_again(settings, data, tmp_path):
+    """A wrong size would squeeze its picture, or leave it out, in every run with this cache."""
+    args, cache = settings(2, "--cache", tmp_path), tmp_path / "sizes.json"
+    shapes = train.Pairs(args, [data], 16, 4).shapes
+    text = cache.read_text()
+    others = text.replace("16, 16", "16, 64"), text.replace("[1,", "[null,")
+    for damaged in ("", "[]", "[" * 10**5, *others):
+        cache.write_text(damaged)
+        assert train.Pairs(args, [data], 16, 4).shapes == shapes
+        assert cache.read_text() != damaged
 
 
 def test_files_have_the_mode_that_the_umask_says(arguments, out, tmp_path):
@@ -612,6 +632,56 @@ def break_everything(folder):
     file.write_bytes(text.encode() + b"{\n" + b'{"source": "\xff"}\n')
     reasons = [*(reason for _, reason in broken), "not an edit", "not an edit"]
     return file, {f"{file}:{i}": reason for i, reason in enumerate(reasons, len(rows) + 1)}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_data_of_other_encodings(settings, data, tmp_path, encoding):
+    """PowerShell writes UTF-16: a line cut at the byte of a line end would lose edits."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["source"], row["target"] = (str(data.parent / row[key]) for key in ("source", "target"))
+        row |= {"instruction": f"\u010a{row['instruction']}", "references": []}
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "d.jsonl").write_bytes(text.encode(encoding))
+    args = settings(2, "--data", tmp_path / "d.jsonl")
+    pairs = train.Pairs(args, args.data, 16, 4)
+    assert not pairs.broken
+    assert [pair.instruction for pair in pairs.pairs] == [row["instruction"] for row in rows]
+
+
+def test_odd_fields_break_their_line_alone(settings, data, tmp_path):
+    """An empty path is the data folder, a string a list of letters: both could be read as media."""
+    row = json.loads(data.read_text().splitlines()[-1])
+    row = {
+        **row,
+        "source": str(data.parent / row["source"]),
+        "target": str(data.parent / row["target"]),
+    }
+    changes = [{"source": ""}, {"target": None}, {"references": "a.png"}, {"references": [""]}]
+    lines = [json.dumps({**row, **change}).encode() for change in [*changes, {"references": [[]]}]]
+    lines += [json.dumps(row).replace("edit", "\xe9dit").encode("latin-1"), b"[" * 10**5, b"\0"]
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join([*lines, json.dumps(row).encode()]))
+    args = settings(2, "--data", tmp_path / "d.jsonl")
+    pairs = train.Pairs(args, args.data, 16, 4)
+    assert len(pairs.broken) == len(lines) and len(pairs.pairs) == 1
+
+
+@pytest.mark.parametrize(
+    "name, text, reason",
+    [
+        ("d.jsonl", "", "there is none"),
+        ("d.csv", "", "no column prompt, src_video, tgt_video"),
+        ("d.csv", "src_video,tgt_video\na,b\n", "no column prompt"),
+        ("d.csv", 'src_video,tgt_video,prompt\na,b,"c\nd,e,f\n', "unexpected end of data"),
+        ("d.csv", "src_video,tgt_video,prompt\n" + "a" * 200000, "field larger than"),
+    ],
+)
+def test_data_files_that_are_none(arguments, tmp_path, capsys, name, text, reason):
+    """What is wrong with the whole file ends the run in one line that names it."""
+    (tmp_path / name).write_text(text)
+    assert train.main(arguments(2, "--data", tmp_path / name)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ") and name in line and reason in line
 
 
 def test_broken_pairs_are_named_and_skipped(arguments, out, tmp_path, capsys):
@@ -713,7 +783,10 @@ def test_a_signal_writes_a_checkpoint_first(arguments, out, tmp_path, number, co
     assert metrics(out) == metrics(whole) and same(result(out), result(whole))
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "empty state", "odd state", "copied"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "missing", "empty state", "odd state", "other step", "nan", "no moments", "copied"],
+)
 def test_a_damaged_checkpoint_is_not_the_end(arguments, out, capsys, damage):
     """The one before it is there for this; and a copy made by hand is none of ours."""
     common = [*MIXED, "--save-every", 2]
@@ -724,6 +797,18 @@ def test_a_damaged_checkpoint_is_not_the_end(arguments, out, capsys, damage):
         os.truncate(shard, shard.stat().st_size // 2)
     elif damage == "missing":
         shard.unlink()
+    elif damage == "other step":
+        state = json.loads((newest / "state.json").read_text())
+        (newest / "state.json").write_text(json.dumps({**state, "step": -1}))
+    elif damage == "no moments":
+        with safe_open(shard, "pt") as file:
+            about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: tensor for key, tensor in tensors.items() if " " not in key}
+        shard.write_bytes(to_bytes(tensors, about))
+    elif damage == "nan":
+        content = bytearray(shard.read_bytes())
+        content[-4:] = np.float32(math.nan).tobytes()
+        shard.write_bytes(content)
     elif damage == "copied":
         newest.rename(newest.with_name("step-0000004 (copy)"))
     else:
@@ -738,6 +823,30 @@ def test_a_damaged_checkpoint_is_not_the_end(arguments, out, capsys, damage):
         state.write_text("")
     assert train.main(arguments(2, *common, "--steps", 8)) == 2
     assert "no checkpoint in" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_log_edited_by_hand_does_not_end_a_run(arguments, out, capsys):
+    """Its curves cannot be drawn then; the training is not concerned."""
+    assert train.main(arguments(1, "--steps", 1)) == 0
+    (out / "metrics.jsonl").write_text('{"step": 0, "loss": "low", "video": []}\n' + "[" * 10**5)
+    capsys.readouterr()
+    assert train.main(arguments(1, "--steps", 2)) == 0
+    assert "curves.png could not be drawn" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_in_a_checkpoint(arguments, out, capsys, monkeypatch):
+    """It interrupts and leaves nothing behind; it is no disk that is full."""
+    assert train.main(arguments(1, "--steps", 1)) == 0
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        torch.distributed.checkpoint.filesystem, "_write_files_from_queue", interrupt
+    )
+    assert train.main(arguments(1, "--steps", 2)) == 130
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-0000001"]
 
 
 def test_two_runs_in_one_folder(arguments, out, capsys):
@@ -835,6 +944,14 @@ def test_a_step_that_is_not_finite_changes_nothing(arguments, out, capsys, in_gr
     assert same(checkpoint(out, 2), checkpoint(out, 3))
     assert "step 2 skipped" in capsys.readouterr().err
     assert math.isfinite(steps(out)[2]["loss"]) == in_gradient
+
+
+def test_a_run_without_one_usable_step_is_an_error(arguments, out, capsys):
+    """Its result would be the untrained model, with exit code 0."""
+    build = spy({}, nan_in_calls(range(100)))
+    assert train.main(arguments(2, *MIXED, "--steps", 3), build) == 2
+    assert "3 unusable steps in a row" in capsys.readouterr().err.splitlines()[-1]
+    assert not (out / "instructx").exists()
 
 
 def test_ten_unusable_steps_in_a_row_end_the_run(arguments, out, capsys):
@@ -954,10 +1071,13 @@ def test_metrics_and_curves(arguments, out, data):
         (["--lr", "-1"], "--lr"),
         (["--steps", "0"], "--steps"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "/dev/zero"], "/dev/zero"),
+        (["--validate", "/"], "there is no data file /"),
         (["--weights", "nowhere"], "nowhere"),
         (["--start", "/"], "config.json"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--device", "meta"], "--device meta"),
+        (["--device", "hpu"], "--device hpu"),
         (["--out", "/dev/null"], "/dev/null"),
     ],
 )
