@@ -620,7 +620,7 @@ def read_config(file, released=VAEConfig()):
         if not all(map(math.isfinite, config.latents_mean)) or not min(config.latents_std) > 0:
             raise ValueError("latents_mean should be numbers, latents_std above 0")
         if not all(isinstance(halved, bool) for halved in config.temporal_downsample):
-            raise ValueError(f"temporal_downsample is {config.temporal_downsample}, not booleans")
+            raise ValueError(f"temporal_downsample is {config.temporal_downsample!r}, not booleans")
         return config
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
