@@ -292,11 +292,10 @@ class Pairs:
         try:
             row = json.loads(line)
             references = row.get("references") or []
-            if not isinstance(references, list):
-                raise TypeError("references are no list")
             paths = [row["source"], row["target"], *references]
-            if not all(isinstance(path, str) and path for path in paths):
-                raise TypeError("a path is empty or no text")
+            are_paths = all(isinstance(path, str) and path for path in paths)
+            if not are_paths or not isinstance(references, list):
+                raise TypeError("a path is empty or no text, or references are no list")
             if not isinstance(row["instruction"], str):
                 raise TypeError("the instruction is no text")
             row["instruction"].encode()  # raises for bytes that were no text
@@ -1079,12 +1078,11 @@ class Checkpoints:
                     shutil.rmtree(folder)
         except (Exception, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            failures = [cause for cause, _ in getattr(error, "failures", {}).values()]  # DCP's
-            cause = failures[0] if failures else error
-            if isinstance(cause, KeyboardInterrupt):
-                raise cause from None
+            causes = [cause for cause, _ in getattr(error, "failures", {}).values()]  # DCP's
+            if causes and isinstance(causes[0], KeyboardInterrupt):
+                raise causes[0] from None
             text = f"checkpoint {final} could not be written, the one before is whole"
-            raise TrainingError(f"{text} ({one_line(cause)[-300:]})") from None
+            raise TrainingError(f"{text} ({one_line([*causes, error][0])[-300:]})") from None
         self.saved = time.monotonic()
 
     def resume(self):
