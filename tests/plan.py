@@ -50,7 +50,7 @@ def parse(arguments=None):
     parser.add_argument("--gpu-tflops", type=number(float, 0.001, 1e6), default=400.0, help=text)
     options, others = parser.parse_known_args(arguments)
     paper = "--image-batch 128 --video-batch 32 --precision bfloat16".split()
-    unused = "--device cpu --data - --out - --weights -".split()
+    unused = ["--device", "cpu", "--data", __file__, "--out", "-", "--weights", "-"]
     args = train.settings([*paper, *others, *unused])
     train.complete(args)
     return options, args
