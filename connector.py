@@ -694,7 +694,7 @@ def locate(folder, instructx=None):
 
     Folders named mllm, dit, vae and instructx come first. Otherwise config.json identifies the
     model of a folder, so the official downloads can lie side by side unchanged. The VAE may be a
-    file Wan2.1_VAE.*. `instructx` replaces the one in `folder`. Raises FileNotFoundError for a
+    file Wan2.?_VAE.*. `instructx` replaces the one in `folder`. Raises FileNotFoundError for a
     missing model, ValueError for a duplicate.
     """
     folder = Path(folder)

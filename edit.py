@@ -207,6 +207,7 @@ def is_preview(path, image):
 
 
 def frame_count(image):
+    """The number of frames of an open PIL image; 1 for a format that is never animated."""
     return image.n_frames if image.format in ANIMATED_FORMATS else 1
 
 
@@ -460,6 +461,7 @@ def turn_of(display_matrix):
 
 
 def lies_on_side(display_matrix):
+    """Whether a clip's display matrix turns it by 90 or 270 degrees, which swaps its sides."""
     a, b, _, _ = turn_of(display_matrix)
     return abs(b) > abs(a)
 
@@ -1121,6 +1123,7 @@ def load(args):
 
 
 def scaled(frame, size):
+    """Scales a uint8 frame (H, W, 3) to `size`, (width, height) in pixels."""
     return pixels(Image.fromarray(frame), size)[0]
 
 

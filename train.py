@@ -422,10 +422,12 @@ class Pairs:
 
 
 def json_hash(value):
+    """The SHA-256 of a value's JSON, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def one_line(error):
+    """The message of an error on one line."""
     return " ".join(str(error).split())
 
 
@@ -723,6 +725,7 @@ def sample_losses(model, latents, samples, video, args):
 
 
 def autocast(device, args):
+    """The context in which a model computes in --precision; float32 leaves it as it is."""
     compute = getattr(torch, args.precision)
     return torch.autocast(device.type, compute, enabled=compute != torch.float32)
 
