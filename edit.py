@@ -1,7 +1,9 @@
 """Edits an image or a clip from the terminal: media in, instruction, media out.
 
-    python edit.py photo.jpg "make it night"                     # writes photo-edited.jpg
+    python edit.py photo.jpg "make it night"         # writes photo-edited.jpg
     python edit.py clip.mp4 "put this hat on the dog" --ref hat.png -o hat.mp4 --steps 30
+    python edit.py photos/*.jpg "make it night" -o night/
+    python edit.py --batch edits.jsonl -o results/   # {"source": "a.mp4", "instruction": "..."}
 
 The file's content decides between image and clip, not its extension. The result keeps the input's
 size, frame count, times and sound, aligned pixel for pixel, and takes its name once complete.
@@ -12,8 +14,15 @@ PIL reads images and animations; PyAV reads clips, and writes clips and animatio
 so that a mistyped option is reported at once.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import argparse
 import contextlib
+import csv
+import functools
 import io
 import itertools
 import json
@@ -22,7 +31,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -73,6 +81,7 @@ CLIP_OPTIONS = {
     ".webp": ("webp", "libwebp_anim", "bgra", {"quality": "95"}),
     ".png": ("apng", "apng", "rgb24", {}),
 }
+KNOWN = {*IMAGE_OPTIONS, *CLIP_OPTIONS}
 ANIMATIONS = (".gif", ".webp", ".png")
 TRANSPARENT_CLIP_OPTIONS = {
     ".mov": ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
@@ -98,6 +107,7 @@ LARGEST = 8191  # pixels a side; WebP holds twice as many, which --compare needs
 LARGEST_AREA = 4096 * 4096
 MOST_NARROW = 200  # the MLLM takes sides of less than 200 to 1
 REPORT_EVERY = 10  # seconds, where stderr is no terminal
+STDIN = Path("-")
 DEFAULT_WEIGHTS = Path(__file__).resolve().parent / "weights" / "shapes"
 
 # PIL warns of damaged EXIF, which is left out, and of large pictures. Its refusals are enough.
@@ -170,6 +180,15 @@ def media_shape(path):
         lies = length == 1 and Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
         lies = lies and image.format != "TIFF"  # of which PIL tells the turned size
         return length, *(image.size if lies else image.size[::-1])
+
+
+def holds_clip(path):
+    """Whether `read_frames` takes a file for a clip, by its headers. Raises the same errors."""
+    with open_image(path) as image:
+        if image is None:
+            with open_clip(path):
+                return True
+        return frame_count(image) > 1
 
 
 @contextlib.contextmanager
@@ -823,13 +842,74 @@ def carry(container, source, codecs, end):
                 container.mux(new.encode(None))
 
 
+# Rows: edits in a file, for --batch and for train.py.
+
+
+def read_lines(file):
+    """Yields (line number, JSON) for each edit of JSON lines, or of a CSV in Kiwi-Edit's format.
+
+    Raises ValueError, with the file's name, where nothing can be read any more.
+    """
+    with file.open("rb") as stream:
+        encoding = json.detect_encoding(stream.read(4))  # of UTF-8, -16 and -32
+    is_csv = file.suffix.lower() == ".csv"
+    newline = "" if is_csv else "\n"  # other line ends may stand in a JSON string
+    try:
+        # Bytes that are no text become surrogates, so that only their own line is broken.
+        with file.open(encoding=encoding, errors="surrogateescape", newline=newline) as stream:
+            if is_csv:
+                yield from read_csv(stream)
+            else:
+                for i, line in enumerate(stream, 1):
+                    if line.strip("\ufeff \r\n"):
+                        yield i, line.lstrip("\ufeff")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_csv(stream):
+    """See read_lines."""
+    reader = csv.DictReader(stream, strict=True)  # an open quote would swallow edits
+    missing = {"src_video", "tgt_video", "prompt"}.difference(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"no column {', '.join(sorted(missing))}")
+    for row in reader:
+        edit = {"source": row["src_video"], "target": row["tgt_video"]}
+        edit |= {"instruction": row["prompt"]}
+        edit |= {"references": [row["ref_image"]] if row.get("ref_image") else []}
+        yield reader.line_num, json.dumps(edit)
+
+
+def read_row(line, folder, files=("source",)):
+    """One edit of JSON -> its object, in which `files` and references are paths from `folder`.
+
+    Raises ValueError for anything else than texts in the places of paths and instruction.
+    """
+    try:
+        row = dict(json.loads(line))
+        references = row.get("references") or []
+        paths = [*(row[name] for name in files), *references]
+        are_paths = all(isinstance(path, str) and path for path in paths)
+        if not are_paths or not isinstance(references, list):
+            raise TypeError("a path is empty or no text, or references are no list")
+        if not isinstance(row["instruction"], str):
+            raise TypeError("the instruction is no text")
+        row["instruction"].encode()  # raises for bytes that were no text
+    except Exception as error:  # JSON can be nested too deep, too
+        names = ", ".join(files)
+        raise ValueError(f"not an edit with {names} and instruction ({error!r})") from None
+    row |= {name: folder / row[name] for name in files}
+    return row | {"references": [folder / path for path in references]}
+
+
 # The terminal
 
 
 def say(text, stream):
     """Prints a line; if nobody takes it (`| head`, a full disk), the work goes on without."""
     try:
-        print(text, file=stream, flush=True)
+        tqdm.write(str(text), file=stream)  # above the bars, if there are any
+        stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -837,6 +917,9 @@ def say(text, stream):
 def note(text):
     """A remark on stderr; not an error."""
     say(f"edit.py: {' '.join(text.split())}", sys.stderr)
+
+
+note_once = functools.cache(note)
 
 
 class Phases:
@@ -931,7 +1014,20 @@ def width_by_height(text):
     return int(match[1]), int(match[2])
 
 
+def share(text):
+    """A type for argparse: "0/4" -> (0, 4)."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0/4, 1/4, 2/4 or 3/4")
+    return int(match[1]), int(match[2])
+
+
+USAGE = 'INPUT [INPUT ...] "INSTRUCTION IN QUOTES"'
 EPILOG = f"""\
+Several edits need -o FOLDER. The model is loaded once; a result that is there is left alone, so
+that the same command goes on where it was stopped; what fails is named and costs no other edit.
+FOLDER/settings.json holds the settings. Exit code 0: all are there; 1: some failed.
+
 Formats: {" ".join(IMAGE_OPTIONS)} for an image; {" ".join(CLIP_OPTIONS)}
 for a clip (.png is APNG, lossless). Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all.
 The model sees transparent pictures on white;
@@ -943,6 +1039,7 @@ def parse(argv):
     """The arguments. --help shows every default; ends the program with one line on a mistake."""
     parser = Parser(
         prog="edit.py",
+        usage=f"edit.py {USAGE} [options]\n       edit.py --batch FILE -o FOLDER [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.split("\n\nPIL reads")[0],
         epilog=EPILOG,
@@ -955,9 +1052,14 @@ def parse(argv):
         parser.add_argument(name, action="store_true", help=help)
 
     configured = "(default: as the weights' config.json says; {} as released)".format
-    add("input", "INPUT", Path, "an image or a video")
-    add("instruction", "INSTRUCTION", str, 'what to do, such as "make it night"')
-    add("-o --output", "FILE", Path, "the file to write (default: INPUT's name and -edited)")
+    help = 'images or videos, and last the instruction, such as "make it night"'
+    add("words", "INPUT", str, help, nargs="*")
+    help = "the file to write (default: INPUT's name and -edited), or a folder"
+    add("-o --output", "PATH", str, help, default="")
+    help = 'edits as lines of JSON, {"source": "a.png", "instruction": "..."}, and if wanted '
+    help += '"references": ["b.png"], "output": "c.png", "seed": 1; - is stdin'
+    add("--batch", "FILE", Path, help)
+    add("--shard", "I/N", share, "every N-th of several edits: 0/4, 1/4, 2/4 and 3/4 make all")
     add("--ref", "IMAGE", Path, "reference image; may be repeated", action="append", default=[])
     add("--weights", "DIR", Path, "folder (default: weights/shapes)", default=DEFAULT_WEIGHTS)
     add("--instructx", "DIR", Path, "what train.py wrote, for the instructx/ in the weights folder")
@@ -981,30 +1083,60 @@ def parse(argv):
     add("--quantize", "TYPE", str, help, choices=("int8",))
     help = "let the VAE work on squares of this side: less memory, and a slightly different result"
     add("--tile", "PIXELS", number(int, 64, LARGEST), help)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        usage = 'expected INPUT "INSTRUCTION IN QUOTES" and the options that --help lists'
-        parser.error(f"there is no use for: {' '.join(unknown)}; {usage}")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        interpret(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def interpret(args):
+    """Tells inputs and instruction apart, and one edit from many. Raises ValueError."""
+    if args.words == ["-"]:
+        args.batch, args.words = STDIN, []
+    *inputs, args.instruction = args.words or [""]
+    args.inputs = [Path(word) for word in inputs]
+    if args.batch and args.words:
+        raise ValueError(f"there is no use for {args.words[0]}: --batch {args.batch} has all edits")
+    if not args.batch and not inputs:
+        raise ValueError(f"expected {USAGE}, and the options that --help lists")
+    is_folder = args.output.endswith(("/", os.sep)) or os.path.isdir(args.output)
+    args.many = bool(args.batch) or len(inputs) > 1 or is_folder
+    args.output = Path(args.output) if args.output else None
+    if args.shard and not args.many:
+        raise ValueError("--shard is for several edits")
 
 
 def check_arguments(args):
     """Checks what can be checked before a file is read. Raises ValueError."""
-    if not args.input.is_file():
-        expected = "name an image or a video first, and then the instruction"
-        raise ValueError(f"there is no file {args.input}; {expected}")
-    if not args.instruction.strip():
+    for path in args.inputs:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name what is in it, such as {path}/*.jpg")
+        if not path.is_file():
+            expected = "name an image or a video first, and then the instruction in quotes"
+            raise ValueError(f"there is no file {path}; {expected}")
+    if args.batch not in (None, STDIN) and not args.batch.is_file():
+        raise ValueError(f"there is no file {args.batch}")
+    if args.many and not args.output:
+        raise ValueError("several edits need -o FOLDER; the instruction stands in quotes")
+    is_file = args.many and (args.output.is_file() or args.output.suffix.lower() in KNOWN)
+    if is_file and not args.output.is_dir():
+        raise ValueError(f"{args.output} is no folder; several edits need one")
+    if not args.batch and not args.instruction.strip():
         raise ValueError("the instruction is empty; say what to do")
+    if os.path.isfile(args.instruction):
+        raise ValueError(f"{args.instruction} is a file; the instruction comes last")
     if not args.weights.is_dir():
         raise ValueError(f"--weights {args.weights}: there is no such folder")
     if read_config(args.weights).get("_class_name") == "InstructX":
         raise ValueError(f"{args.weights} is what train.py wrote: use --instructx {args.weights}")
 
 
-def read_config(folder):
-    """The config.json of a folder; {} if it is missing or damaged, as loading will report."""
+def read_config(folder, name="config.json"):
+    """The config of a folder; {} if it is missing or damaged, as loading will report."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / name).read_text())
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -1063,28 +1195,47 @@ def check_size(path, width, height):
         raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
 
 
-def name_outputs(args, source):
-    """The files to write. Raises ValueError for one that cannot be, or that would be lost."""
-    options = CLIP_OPTIONS if source.is_video else IMAGE_OPTIONS
+def file_id(path):
+    """What all names of a file share; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def input_ids(edits):
+    """{file_id} of all that edits read."""
+    return {file_id(path) for args in edits for path in (args.input, *args.ref)}
+
+
+def name_outputs(args, inputs):
+    """The files to write. Raises ValueError for one that cannot be, or that would be lost.
+
+    inputs: {file_id} of what must not be written over.
+    """
+    is_clip = holds_clip(args.input)
+    options = CLIP_OPTIONS if is_clip else IMAGE_OPTIONS
     output = args.output
     if not output:
-        usual = ".mp4" if source.is_video else ".png"
+        usual = ".mp4" if is_clip else ".png"
         suffix = args.input.suffix if args.input.suffix.lower() in options else usual
-        output = args.input.with_name(f"{args.input.stem}-edited{suffix}")
+        named = f"{args.input.stem}{suffix}", f"{args.input.stem}-edited{suffix}"
+        output = args.folder / named[0] if args.folder else args.input.with_name(named[1])
     outputs = [output]
     if args.compare:
         outputs.append(output.with_stem(f"{output.stem}_compare"))
     for path in outputs:
         if path.suffix.lower() not in options:
-            content = "a clip" if source.is_video else "an image"
+            content = "a clip" if is_clip else "an image"
             known = f"known are {' '.join(options)}"
             raise ValueError(f"{path} has no known extension of {content}; {known}")
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is a folder or a device; name a file")
-        if path.exists() and not args.output:
-            raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
-        if path.exists() and any(path.samefile(other) for other in (args.input, *args.ref)):
+        if path.exists() and file_id(path) in inputs:
             raise ValueError(f"{path} is an input, which would be lost; name another file")
+        if path.exists() and not args.output and not args.folder:
+            raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
         sweep(path.parent)
     return outputs
 
@@ -1127,13 +1278,9 @@ def scaled(frame, size):
     return pixels(Image.fromarray(frame), size)[0]
 
 
-def edit(args):
-    """Reads, edits and writes -> the files written."""
-    check_arguments(args)
-    if args.area is None:
-        args.area = trained_area(args)
+def edit(args, outputs, loaded):
+    """Makes one edit, of args.input. loaded() -> (model, device), called once all else is fine."""
     source, references = read_inputs(args)
-    outputs = name_outputs(args, source)
     frames = source.frames
     height, width = frames.shape[1:3]
     size = working_size(width, height, args.area)
@@ -1142,7 +1289,7 @@ def edit(args):
         sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
         note(f"{args.input} is edited at {sizes} (see --area)")
         if args.weights == DEFAULT_WEIGHTS:
-            note("weights/shapes knows drawings of simple shapes only; --weights names others")
+            note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
     with contextlib.ExitStack() as stack:
         beside = replace(source, alpha=None, profile={})  # of source and result side by side
         wide = len(frames), height, 2 * width, 3
@@ -1155,7 +1302,7 @@ def edit(args):
         writers = [stack.enter_context(writer) for writer in writers]
         phases = Phases()
         phases("load", 0, 1)
-        model, phases.device = load(args)
+        model, phases.device = loaded()
         originals = iter(source.frames)
 
         def write(piece):
@@ -1168,8 +1315,167 @@ def edit(args):
         settings = args.steps, args.guidance, args.seed, float(source.fps or 16)
         model.edit(frames, args.instruction, references, *settings, phases, write)
     phases.end()
-    say(phases.table(), sys.stderr)
-    return outputs
+    if not args.many:
+        say(phases.table(), sys.stderr)
+
+
+def one_edit(args, source, references=(), output=None, seed=None):
+    """The arguments of one of several edits."""
+    row = {"input": source, "ref": references or args.ref, "output": output, "folder": args.output}
+    return argparse.Namespace(**vars(args) | row | {"seed": args.seed if seed is None else seed})
+
+
+def read_edits(args):
+    """Yields (name, arguments of one edit, or a ValueError that says why there are none)."""
+    for path in args.inputs:
+        yield str(path), one_edit(args, path)
+    lines = ()
+    if args.batch:
+        spoken = ((i, line) for i, line in enumerate(sys.stdin, 1) if line.strip())
+        lines = spoken if args.batch == STDIN else read_lines(args.batch)
+    for i, line in lines:
+        try:
+            row = read_row(line, args.batch.parent)
+            output, seed = row.get("output"), row.get("seed")
+            if not row["instruction"].strip():
+                raise ValueError("the instruction is empty; say what to do")
+            if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+                raise ValueError(f"the seed {seed!r} is not a whole number from 0 to {2**63 - 1}")
+            if output is not None:
+                # Rows come from anywhere, and must not reach files outside.
+                if not isinstance(output, str) or not output or ".." in Path(output).parts:
+                    raise ValueError(f"the output {output!r} is not a file inside of {args.output}")
+                if Path(output).is_absolute():
+                    raise ValueError(f"the output {output} should be relative to {args.output}")
+                output = args.output / output
+            edit = one_edit(args, row["source"], row["references"], output, seed)
+            edit.instruction = row["instruction"]
+        except ValueError as error:
+            edit = error
+        yield f"{'stdin' if args.batch == STDIN else args.batch}:{i}", edit
+
+
+class Tally:
+    """What became of several edits; prints it as it comes."""
+
+    def __init__(self, args):
+        self.is_dialogue = args.batch == STDIN  # one line of JSON for each line that was read
+        self.seconds, self.kept, self.failed = [], 0, 0
+
+    def make(self, outputs, seconds):
+        self.seconds.append(seconds)
+        self.answer(output=str(outputs[0]), seconds=round(seconds, 2))
+        for path in () if self.is_dialogue else outputs:
+            say(path, sys.stdout)
+
+    def keep(self, outputs):
+        self.kept += 1
+        self.answer(output=str(outputs[0]))
+
+    def fail(self, name, error):
+        self.failed += 1
+        problem = " ".join((explain(error) or repr(error)).split())
+        note(f"error: {problem}" if name in problem else f"error: {name}: {problem}")
+        self.answer(error=problem)
+
+    def answer(self, **values):
+        if self.is_dialogue:
+            say(json.dumps(values), sys.stdout)
+
+    def summary(self):
+        each = f" ({sum(self.seconds) / len(self.seconds):.1f} s each)" if self.seconds else ""
+        return f"{len(self.seconds)} made{each}, {self.kept} kept, {self.failed} failed"
+
+
+def to_do(args, tally):
+    """Yields (name, arguments, outputs) of the edits to make. Tallies the others."""
+    edits, results = read_edits(args), {}
+    if args.batch != STDIN:
+        edits = list(edits)
+        inputs = input_ids(edit for _, edit in edits if not isinstance(edit, ValueError))
+    part, parts = args.shard or (0, 1)
+    for number, (name, edit) in enumerate(edits):
+        try:
+            if isinstance(edit, ValueError):
+                raise edit
+            outputs = name_outputs(edit, input_ids([edit]) if args.batch == STDIN else inputs)
+            for path in outputs:
+                other, at = results.setdefault(os.path.realpath(path), (name, number))
+                if at != number:
+                    raise ValueError(f"{path} is the result of {other} already; name another")
+        except Exception as error:
+            if number % parts == part:
+                tally.fail(name, error)
+            continue
+        if number % parts == part:
+            if all(path.exists() for path in outputs):
+                tally.keep(outputs)
+            else:
+                yield name, edit, outputs
+
+
+def edit_many(args):
+    """Makes all edits that are not there yet, with one model -> exit code 0, or 1 if some failed.
+
+    What can be checked is checked before the model is loaded, and that only if there is work.
+    """
+    settings, file = settings_of(args), args.output / "settings.json"
+    check_settings(file, settings)
+    tally, loaded = Tally(args), functools.cache(functools.partial(load, args))
+    try:
+        edits = to_do(args, tally)
+        if args.batch != STDIN:
+            edits = tqdm(list(edits), "edits", leave=False, disable=None)
+        for name, edit_args, outputs in edits:
+            loaded()
+            began = time.perf_counter()
+            if not file.exists():
+                args.output.mkdir(parents=True, exist_ok=True)
+                with whole(file) as unfinished:
+                    unfinished.write_text(json.dumps(settings, indent=1) + "\n")
+            try:
+                outputs[0].parent.mkdir(parents=True, exist_ok=True)
+                edit(edit_args, outputs, loaded)
+            except Exception as error:
+                tally.fail(name, error)
+            else:
+                tally.make(outputs, time.perf_counter() - began)
+    finally:
+        if tally.seconds or tally.kept or tally.failed:
+            note(tally.summary())
+    return 1 if tally.failed else 0
+
+
+# What decides a result, beside its own row. The device is not among them: shards may differ in it.
+SETTINGS = ("weights", "instructx", "steps", "guidance", "seed", "size", "area", "frames")
+SETTINGS += ("compare", "dtype", "compile", "quantize", "tile")
+
+
+def settings_of(args):
+    """{name: value}, as JSON gives it back, of all that one folder of results has in common."""
+    names = SETTINGS if args.batch else (*SETTINGS, "instruction", "ref")
+    values = {name: getattr(args, name) for name in names}
+    return json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
+
+
+def check_settings(file, settings):
+    """Raises ValueError if the results beside `file` were made with other settings."""
+    if not file.exists():
+        return
+    earlier = read_config(file.parent, file.name)
+    for name, value in settings.items():
+        if earlier.get(name) != value:
+            change = f"{name} was {earlier.get(name)!r} and is {value!r}"
+            problem = f"{file.parent} holds results of other settings ({change})"
+            raise ValueError(f"{problem}; name another folder")
+
+
+def explain(error):
+    """What is wrong, and what would be right, in words; None for a fault of the program."""
+    no_memory = isinstance(error, RuntimeError) and "memory" in str(error)  # torch's on a CPU
+    if no_memory or isinstance(error, MemoryError):
+        return "out of memory; a smaller --area or fewer --frames need less"
+    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
 
 
 def stop(number, _):
@@ -1181,27 +1487,37 @@ def stop(number, _):
 def main(argv=None):
     """Edits what the command line names, and prints the files written.
 
-    Exit code 2 after one line on what is wrong, 130 after Ctrl-C, 143 after SIGTERM, and 129 when
-    the terminal closes.
+    Exit code 1 if some of several edits failed, 2 after one line on what is wrong, 130 after
+    Ctrl-C, 143 after SIGTERM, and 129 when the terminal closes.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))
-    if hasattr(sys.stdout, "reconfigure"):  # names come out as they are, in any locale
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # names come and go as they are, in any locale
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
             signal.signal(getattr(signal, name), stop)
     args = parse(argv)
     try:
-        for path in edit(args):
+        check_arguments(args)
+        if args.area is None:
+            args.area = trained_area(args)
+        if args.many:
+            sys.exit(edit_many(args))
+        args.input, args.folder = args.inputs[0], None
+        outputs = name_outputs(args, input_ids([args]))
+        edit(args, outputs, functools.partial(load, args))
+        for path in outputs:
             say(path, sys.stdout)
-    except (ValueError, OSError, FloatingPointError) as error:
-        Parser(prog="edit.py").error(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no one error
+    except Exception as error:
+        problem = explain(error)
+        if not problem:
             raise
-        Parser(prog="edit.py").error("out of memory; a smaller --area or fewer --frames need less")
+        Parser(prog="edit.py").error(problem)
     except KeyboardInterrupt:
         note("interrupted")
         sys.exit(130)

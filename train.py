@@ -26,9 +26,13 @@ in --precision through autocast, and frozen weights are stored in it. The VAE ke
 Letters: B samples, F latent frames, H W pixels, h w = H/8 W/8, Q queries.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import argparse
 import contextlib
-import csv
 import fcntl
 import functools
 import hashlib
@@ -38,7 +42,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -47,7 +50,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edit import MediaError, Parser, media_shape, number, read_frames, whole
+from edit import (
+    MediaError,
+    Parser,
+    media_shape,
+    number,
+    read_frames,
+    read_lines,
+    read_row,
+    whole,
+)
 
 PAPER_STEPS = {1: 20000, 2: 20000, 3: 5000}
 CLIP_NORM = 1.0  # upper bound of the gradient's norm
@@ -222,30 +234,6 @@ class Pair:
     instruction: str
 
 
-def read_lines(file):
-    """Yields (line number, JSON) for each edit of JSON lines, or of a CSV in Kiwi-Edit's format."""
-    with file.open("rb") as stream:
-        encoding = json.detect_encoding(stream.read(4))  # of UTF-8, -16 and -32
-    is_csv = file.suffix.lower() == ".csv"
-    newline = "" if is_csv else "\n"  # other line ends may stand in a JSON string
-    # Bytes that are no text become surrogates, so that only their own line is broken.
-    with file.open(encoding=encoding, errors="surrogateescape", newline=newline) as stream:
-        if is_csv:
-            reader = csv.DictReader(stream, strict=True)  # an open quote would swallow edits
-            missing = {"src_video", "tgt_video", "prompt"}.difference(reader.fieldnames or ())
-            if missing:
-                raise ValueError(f"no column {', '.join(sorted(missing))}")
-            for row in reader:
-                edit = {"source": row["src_video"], "target": row["tgt_video"]}
-                edit["instruction"] = row["prompt"]
-                edit["references"] = [row["ref_image"]] if row.get("ref_image") else []
-                yield reader.line_num, json.dumps(edit)
-        else:
-            for i, line in enumerate(stream, 1):
-                if line.strip("\ufeff \r\n"):
-                    yield i, line.lstrip("\ufeff")
-
-
 class Pairs:
     """The edits of all data files, in buckets of one shape so that a batch can be stacked.
 
@@ -259,11 +247,8 @@ class Pairs:
         self.padded_references = padded_references  # see InstructX.reference_for_dit
         self.pairs, self.broken = [], {}  # broken: {file and line: message}
         for file in files:
-            try:
-                for i, line in read_lines(file):
-                    self.add(f"{file}:{i}", file.parent, line)
-            except (ValueError, csv.Error) as error:  # nothing can be read after it
-                raise ValueError(f"{file}: {error}") from None
+            for i, line in read_lines(file):
+                self.add(f"{file}:{i}", file.parent, line)
 
         cache = (args.cache or args.out) / "sizes.json"
         self.sizes = {}
@@ -290,20 +275,12 @@ class Pairs:
 
     def add(self, where, folder, line):
         try:
-            row = json.loads(line)
-            references = row.get("references") or []
-            paths = [row["source"], row["target"], *references]
-            are_paths = all(isinstance(path, str) and path for path in paths)
-            if not are_paths or not isinstance(references, list):
-                raise TypeError("a path is empty or no text, or references are no list")
-            if not isinstance(row["instruction"], str):
-                raise TypeError("the instruction is no text")
-            row["instruction"].encode()  # raises for bytes that were no text
-            source, target, *references = (folder / path for path in paths)
-            self.pairs.append(Pair(where, source, target, references, row["instruction"]))
-        except Exception as error:  # a bad edit, here and below, must not end a run
-            reason = f"not an edit with source, target and instruction ({error!r})"
-            self.mark_broken(where, reason)
+            row = read_row(line, folder, ("source", "target"))
+            instruction = row["instruction"]
+            pair = Pair(where, row["source"], row["target"], row["references"], instruction)
+            self.pairs.append(pair)
+        except ValueError as error:
+            self.mark_broken(where, error)
 
     def mark_broken(self, where, error):
         self.broken[where] = f"{where}: {one_line(error)}"
@@ -1260,6 +1237,8 @@ def main(arguments=None, build=build_model, validate=validate):
     `build(args)` and `validate(args, model, loader, held_out, step)` can be replaced to try other
     models and measures, as weights/shapes/claims.py does.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     args = settings(arguments)
     try:
         complete(args)

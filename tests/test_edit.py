@@ -327,9 +327,10 @@ def test_bad_options_are_told_before_torch_is_loaded(tmp_path):
         command = [sys.executable, "-c", code, *arguments]
         assert subprocess.run(command, cwd=SCRIPT.parent, capture_output=True).returncode == 0
     text = shell("--help").stdout
-    options = set(re.findall(r"^  (?:-o FILE, )?--(\w+)", text, re.MULTILINE))
+    options = set(re.findall(r"^  (?:-o PATH, )?--(\w+)", text, re.MULTILINE))
     plain = {"ref", "instructx", "compare", "compile", "offload", "quantize", "tile"}
-    assert len(options) == 17 and text.count("(default:") == len(options - plain)
+    plain |= {"batch", "shard"}
+    assert len(options) == 19 and text.count("(default:") == len(options - plain)
 
 
 def test_output_has_a_name_by_default(negative, photo, clip, tmp_path, capsys):
@@ -478,7 +479,7 @@ BAD = {  # name: (input, arguments, what must be said)
         [],
         NEITHER,
     ),
-    "folder": (lambda path: path.mkdir(), [], "there is no file"),
+    "folder": (lambda path: path.mkdir(), [], r"input.png is a folder; .* input.png/\*.jpg"),
     "pipe": (lambda path: os.mkfifo(path), [], "there is no file"),
     "truncated PNG": (cut_image("PNG"), [], "truncated"),
     "truncated JPEG": (cut_image("JPEG"), [], "truncated"),
@@ -503,12 +504,17 @@ BAD = {  # name: (input, arguments, what must be said)
     "seed negative": (FINE, ["--seed", "-1"], "--seed"),
     "option unknown": (FINE, ["--negative", "x"], "--negative"),
     "empty instruction": (FINE, ["  "], "instruction is empty"),
-    "no quotes": (FINE, ["make", "it", "night"], "no use for: it night; .*IN QUOTES"),
+    "no quotes": (FINE, ["make", "it", "night"], "no file make; .*in quotes"),
     "several files": (
         FINE,
         ["taken.txt", "make it night"],
-        "no use for: make it night; expected INPUT",
+        "out.png is no folder; several edits need one",
     ),
+    "several files and no instruction": (FINE, ["taken.txt"], "taken.txt is a file; the instr"),
+    "input alone": (FINE, [], "expected INPUT"),
+    "share of one edit": (FINE, ["--shard", "0/2"], "--shard is for several"),
+    "share that is none": (FINE, ["--shard", "2/2"], "'2/2' is not a share such as 0/4"),
+    "batch and input": (FINE, ["--batch", "taken.txt"], "no use for input.png"),
     "swapped": (
         None,
         ["taken.txt"],
@@ -538,13 +544,13 @@ BAD = {  # name: (input, arguments, what must be said)
         r"out.jpg has no known extension of a clip; known are .mp4",
     ),
     "output folder missing": (FINE, ["-o", "no/such/out.png"], "no/such/out.png cannot be written"),
-    "output is a folder": (FINE, ["-o", "taken.png"], "taken.png is a folder"),
     "output folder read-only": (FINE, ["-o", "/proc/out.png"], "/proc/out.png cannot be written"),
     "output name too long": (FINE, ["-o", "a" * 252 + ".png"], "too long"),
     "output is the input": (FINE, ["-o", "input.png"], "input.png is an input"),
     "URL": (None, [], "there is no file https:/example.org/a.png"),
 }
 PLACES = ("empty instruction", "no quotes", "several files", "swapped")
+PLACES += ("several files and no instruction", "input alone")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -584,6 +590,233 @@ def test_no_input_is_lost(negative, tmp_path, capsys):
         code, out, err = run(capsys, *arguments, "--weights", tmp_path)
         assert code == 2 and not out and err.count("\n") == 1 and said in err
     assert {Image.open(path).size for path in (a, b, compared)} == {(32, 32)}
+
+
+# Many edits
+
+
+def write_rows(path, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def contents(folder):
+    """{name: bytes} of all files."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.*")}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A folder with three pictures and seven rows, of which three are bad."""
+    for i, size in enumerate([(56, 40), (33, 70), (64, 64)]):
+        Image.fromarray(smooth(*size)).save(tmp_path / f"{i}.png")
+    return write_rows(
+        tmp_path / "rows.jsonl",
+        {"source": "0.png", "instruction": "make it night", "target": "unused", "kind": "tone"},
+        '{"source": "0.png", "instr',
+        {"source": "1.png", "instruction": "x", "output": "sub/one.jpg", "seed": 7},
+        {"source": "missing.png", "instruction": "x"},
+        {"source": "1.png", "instruction": "x", "references": ["2.png"]},
+        {"source": "rows.jsonl", "instruction": "x"},
+        {"source": "2.png", "instruction": "x", "output": "two.png"},
+    )
+
+
+def test_one_bad_row_does_not_end_the_night(tiny_weights, rows, tmp_path, capsys):
+    """All others are made, each bad one is named in a line, and the same command tries it again."""
+    out = tmp_path / "out"
+    command = ("--batch", rows, "-o", out, "--weights", tiny_weights)
+    code, made, err = run(capsys, *command)
+    names = ["0.png", "sub/one.jpg", "1.png", "two.png"]
+    assert code == 1 and made == [str(out / name) for name in names]
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert len(errors) == 3 and "4 made" in err and "0 kept, 3 failed" in err
+    for number, line in zip((2, 4, 6), errors):
+        assert line.startswith(f"edit.py: error: {rows}:{number}: ")
+    before = contents(out)
+    Image.fromarray(smooth(40, 40)).save(tmp_path / "missing.png")
+    code, made, err = run(capsys, *command)
+    assert code == 1 and made == [str(out / "missing.png")] and "1 made" in err and "4 kept" in err
+    assert {name: contents(out)[name] for name in before} == before
+    assert not [name for name in contents(out) if "partial" in name]
+
+
+def test_a_row_alone_equals_the_row_among_others(tiny_weights, rows, tmp_path, capsys):
+    """Order, shards, resuming, and one edit by itself: the same bytes."""
+    usual = ("--weights", tiny_weights, "--seed", 5)
+    run(capsys, "--batch", rows, "-o", tmp_path / "a", *usual)
+    whole = contents(tmp_path / "a")
+    assert len(whole) == 5
+    for i in range(2):
+        shard = ("--shard", f"{i}/2")
+        code, _, err = run(capsys, "--batch", rows, "-o", tmp_path / "b", *shard, *usual)
+        assert code == i and err.count("error") == 3 * i  # the bad ones are the 2nd, 4th and 6th
+    assert contents(tmp_path / "b") == whole
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join(lines[::-1]))
+    (tmp_path / "b" / "two.png").unlink()
+    run(capsys, "--batch", rows, "-o", tmp_path / "b", *usual)
+    assert contents(tmp_path / "b") == whole
+    one = tmp_path / "one.jpg"
+    run(capsys, tmp_path / "1.png", "x", "-o", one, "--weights", tiny_weights, "--seed", 7)
+    assert one.read_bytes() == whole["sub/one.jpg"]
+
+
+def test_killed_in_the_middle(tiny_weights, rows, tmp_path):
+    """kill -9 leaves whole results alone, which the next run keeps."""
+    command = [sys.executable, SCRIPT, "--batch", rows, "--weights", tiny_weights, "--steps", "300"]
+    subprocess.run([*command, "-o", tmp_path / "a"], capture_output=True)
+    process = subprocess.Popen([*command, "-o", tmp_path / "b"], stdout=-1, stderr=-1)
+    process.stdout.readline()  # the first result is there
+    time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    left = {path.name for path in (tmp_path / "b").rglob("*.*")}
+    assert {"0.png", "settings.json"} <= left and "two.png" not in left
+    ended = subprocess.run([*command, "-o", tmp_path / "b"], capture_output=True, text=True)
+    assert ended.returncode == 1 and "0 kept" not in ended.stderr
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
+def test_several_inputs_as_cp_takes_them(negative, photo, clip, tmp_path, capsys, monkeypatch):
+    """A folder of photos of several sizes, a clip among them: each keeps its name and its size."""
+    loads = []
+    monkeypatch.setattr(edit, "load", lambda args: loads.append(1) or (negative, "cpu"))
+    Image.fromarray(smooth(30, 20)).save(tmp_path / "b.jpg")
+    Image.fromarray(smooth(64, 64)).save(tmp_path / "b.tif")
+    text(tmp_path / "notes.png")
+    inputs = [photo, tmp_path / "b.jpg", clip, tmp_path / "notes.png", tmp_path / "b.tif"]
+    command = (*inputs, "x", "-o", tmp_path / "out", "--weights", tmp_path, "--compare")
+    code, out, err = run(capsys, *command)
+    assert code == 1 and err.count("error") == 1 and "notes.png is neither" in err
+    names = ["photo.png", "b.jpg", "clip.mp4", "b.png"]
+    assert out[::2] == [str(tmp_path / "out" / name) for name in names] and loads == [1]
+    assert Image.open(tmp_path / "out" / "b.jpg").size == (20, 30)
+    assert Image.open(tmp_path / "out" / "b_compare.jpg").size == (40, 30)
+    assert read_frames(tmp_path / "out" / "clip.mp4").frames.shape == (10, 48, 64, 3)
+    code, out, err = run(capsys, *command)
+    assert code == 1 and not out and "0 made, 4 kept, 1 failed" in err and loads == [1]
+    (tmp_path / "there").mkdir()
+    code, out, _ = run(capsys, photo, "x", "-o", tmp_path / "there", "--weights", tmp_path)
+    assert code == 0 and out == [str(tmp_path / "there" / "photo.png")]
+
+
+def test_other_settings_are_refused(negative, photo, tmp_path, capsys, monkeypatch):
+    """Half of a folder by one rule and half by another; or all kept, as if the new one was met."""
+    out = tmp_path / "out"
+    command = (photo, "x", "-o", f"{out}/", "--weights", tmp_path)
+    assert run(capsys, *command, "--steps", "3")[0] == 0
+    before = contents(out)
+    assert run(capsys, *command, "--steps", "3", "--device", "cpu")[0] == 0
+    for more, said in (
+        (["--steps", "4"], "steps was 3 and is 4"),
+        (["--steps", "3", "--ref", photo], "ref was"),
+        (["--steps", "3", "--size", "32x32"], "size was None"),
+    ):
+        code, printed, err = run(capsys, *command, *more)
+        assert code == 2 and not printed and err.count("\n") == 1 and said in err
+    code, _, err = run(capsys, photo, "y", "-o", out, "--weights", tmp_path, "--steps", "3")
+    assert code == 2 and "instruction was 'x' and is 'y'" in err
+    assert contents(out) == before
+    monkeypatch.setattr(edit, "load", lambda args: int("bad weights"))
+    code, _, err = run(capsys, photo, "x", "-o", f"{tmp_path}/new/", "--weights", tmp_path)
+    assert code == 2 and "bad weights" in err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"source": "0.png", "instruction": "y"}, "0.png is the result of .*:1 already"),
+        ({"source": "1.png", "instruction": " "}, "instruction is empty"),
+        ({"source": "1.png", "instruction": "y", "output": "../1.jpg"}, "not a file inside of"),
+        ({"source": "1.png", "instruction": "y", "output": "/tmp/1.jpg"}, "relative to"),
+        ({"source": "1.png", "instruction": "y", "output": ["a"]}, "not a file inside of"),
+        ({"source": "1.png", "instruction": "y", "output": "a.mp4"}, "extension of an image"),
+        ({"source": "1.png", "instruction": "y", "seed": -1}, "seed -1 is not a whole number"),
+        ({"source": "1.png", "instruction": "y", "seed": True}, "seed True"),
+        ({"source": "1.png", "instruction": "y", "references": "a.png"}, "references are no list"),
+        ({"source": "1.png", "instruction": "y", "references": ["no.png"]}, "no file .*no.png"),
+        ({"source": "", "instruction": "y"}, "a path is empty"),
+        ({"instruction": "y"}, "source"),
+        ([1], "not an edit"),
+        ("[" * 100000, "not an edit"),
+    ],
+)
+def test_bad_rows_are_named(negative, rows, tmp_path, row, said, capsys):
+    """Rows are written by other programs. None may reach files outside, or win over another."""
+    write_rows(rows, {"source": "0.png", "instruction": "x"}, row)
+    before = contents(tmp_path)
+    code, _, err = run(capsys, "--batch", rows, "-o", tmp_path / "out", "--weights", tmp_path)
+    [line] = [line for line in err.splitlines() if "error" in line]
+    assert code == 1 and line.startswith(f"edit.py: error: {rows}:2: ") and re.search(said, line)
+    assert {*contents(tmp_path)} - {*before} == {"out/settings.json", "out/0.png"}
+
+
+def test_no_input_of_any_row_is_lost_or_taken_for_a_result(negative, rows, tmp_path, capsys):
+    """Results beside their sources would be the sources, all there already."""
+    before = contents(tmp_path)
+    command = (tmp_path / "0.png", tmp_path / "1.png", "x", "-o", tmp_path, "--weights", tmp_path)
+    code, out, err = run(capsys, *command)
+    assert code == 1 and not out and err.count("is an input, which would be lost") == 2
+    row = {"source": "0.png", "instruction": "x", "output": "1.png"}
+    file = write_rows(tmp_path / "a.jsonl", row, row | {"source": "1.png", "output": "new.jpg"})
+    before = contents(tmp_path) | {"new.jpg": ..., "settings.json": ...}
+    code, _, err = run(capsys, "--batch", file, "-o", tmp_path, "--weights", tmp_path)
+    before |= {name: contents(tmp_path)[name] for name in ("new.jpg", "settings.json")}
+    assert code == 1 and "1.png is an input" in err and contents(tmp_path) == before
+
+
+def test_a_dialogue_by_rows_on_stdin(tiny_weights, rows, tmp_path):
+    """A program writes a row and reads its answer before it writes the next."""
+    command = [sys.executable, SCRIPT, "-", "-o", "out", "--weights", tiny_weights]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, cwd=tmp_path, **pipes)
+    answers = []
+    for line in rows.read_text().splitlines()[:3]:
+        process.stdin.write(f"{line}\n\n")
+        process.stdin.flush()
+        answers.append(json.loads(process.stdout.readline()))
+    out, err = process.communicate()
+    assert process.returncode == 1 and not out and "2 made" in err and "stdin:3" in err
+    assert [answer.get("output") for answer in answers] == ["out/0.png", None, "out/sub/one.jpg"]
+    assert "not an edit" in answers[1]["error"] and (tmp_path / "out" / "0.png").is_file()
+
+
+def test_failing_rows_of_every_kind(negative, rows, tmp_path, monkeypatch, capsys):
+    """No memory for one, a fault of the program in another: the third is made."""
+    errors, work = [RuntimeError("CUDA out of memory"), KeyError("fault")], Negative.edit
+
+    def fail(*arguments):
+        if errors:
+            raise errors.pop(0)
+        work(negative, *arguments)
+
+    monkeypatch.setattr(negative, "edit", fail)
+    names = [tmp_path / f"{i}.png" for i in range(3)]
+    code, out, err = run(capsys, *names, "x", "-o", tmp_path / "out", "--weights", tmp_path)
+    assert code == 1 and out == [str(tmp_path / "out" / "2.png")]
+    assert "0.png: out of memory; a smaller --area" in err and "1.png: KeyError('fault')" in err
+    assert {*contents(tmp_path / "out")} == {"2.png", "settings.json"}
+    monkeypatch.setattr(negative, "edit", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    code, _, err = run(capsys, *names, "x", "-o", tmp_path / "out", "--weights", tmp_path)
+    assert code == 130 and "1 kept, 0 failed" in err and err.endswith("interrupted\n")
+
+
+@pytest.mark.parametrize("script", ["edit.py", "train.py"])
+def test_interrupted_while_modules_are_imported(script, tmp_path):
+    """Python's traceback through ten files is no answer to Ctrl-C."""
+    (tmp_path / "av.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT.with_name(script), "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == b"here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b"" and process.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize(
