@@ -153,6 +153,7 @@ class InstructX(nn.Module):
         fps=16.0,
         progress=None,
         write=None,
+        start=None,
     ):
         """Edits one image or clip.
 
@@ -171,6 +172,9 @@ class InstructX(nn.Module):
                 "denoise" and "decode".
             write: called with pieces of the result, uint8 (t, H, W, 3), as they are decoded. The
                 method then returns None.
+            start: uint8 (t, H, W, 3), the first frames of the result where they are known, as in
+                a window of a longer clip. The rest goes on from them. t is 1 + a multiple of the
+                VAE's stride in time, 4.
 
         Returns an image for an image, an array for an array. Raises ValueError for unusable
         arguments, FloatingPointError for NaN or infinity.
@@ -186,6 +190,7 @@ class InstructX(nn.Module):
         if len(references) > self.config.max_references:
             most = self.config.max_references
             raise ValueError(f"{len(references)} references; these weights take at most {most}")
+        start = self.check_start(start, frames)
         shown = [self.reference_for_mllm(picture, frames.shape) for picture in references]
         references = [self.reference_for_dit(picture, frames.shape) for picture in shown]
 
@@ -207,7 +212,8 @@ class InstructX(nn.Module):
         report("encode", len(latents), len(latents))
 
         report("denoise", 0, steps)
-        sampling = steps, guidance, seed, progress
+        known = None if start is None else self.encode(start)                 # (1, 16, f, h, w)
+        sampling = steps, guidance, seed, progress, known
         z = self.sample(context, source.shape, source, references, *sampling)
         check_finite(z, "result")                                             # (1, 16, F, h, w)
 
@@ -293,11 +299,13 @@ class InstructX(nn.Module):
         guidance=None,
         seed=0,
         progress=None,
+        known=None,
     ):
         """Noise -> latents of `shape` (1, 16, F, h, w), float32.
 
         `context` has one row or, with guidance, two: instruction first, empty instruction second.
-        `source` and `references` are latents. Stage 1 has no source.
+        `source` and `references` are latents. Stage 1 has no source. `known` are the first frames
+        of the result, (1, 16, f, h, w).
         """
         guidance = self.config.guidance if guidance is None else guidance
         steps = self.config.steps if steps is None else steps
@@ -310,6 +318,8 @@ class InstructX(nn.Module):
                 progress("denoise", done, steps)
 
         velocity = guided(velocity, guidance if len(context) == 2 else 1)
+        if known is not None:
+            velocity = with_known(velocity, known)
         return self.sampler(steps).sample(velocity, noise.to(context.device), report)
 
     def velocity(self, context, shape, source, references):
@@ -328,6 +338,17 @@ class InstructX(nn.Module):
         """
         frames = pad(frames, self.multiple(), self.vae.temporal_stride)
         return self.vae.encode(to_video(frames, like=self.vae.conv1.weight))
+
+    def check_start(self, start, frames):
+        """The `start` of `edit` as an array. Raises ValueError unless a result can begin so."""
+        if start is None:
+            return None
+        start, stride = check_frames(start), self.vae.temporal_stride
+        if start.shape[1:] != frames.shape[1:] or not len(start) < len(frames):
+            raise ValueError(f"a result of {frames.shape} cannot start with frames {start.shape}")
+        if len(start) % stride != 1 % stride:
+            raise ValueError(f"{len(start)} known frames; it should be 1 + a multiple of {stride}")
+        return start
 
     def decode(self, z, shape):
         """Latents (1, 16, F, h, w) -> uint8 frames, cropped to `shape` (T, H, W, 3), in pieces."""
@@ -626,6 +647,21 @@ def reference_size(height, width, area):
     """(height, width) of a reference in an edit whose frames have `area` pixels."""
     scale = min(1.0, (area / (height * width)) ** 0.5)
     return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def with_known(velocity, known):
+    """Changes velocity(z, t) so that the first frames end exactly at the latents `known`.
+
+    Their velocity is that of the straight line from z, at noise level t / 1000, to `known`. On the
+    way these frames are as noisy as the others, as in training.
+    """
+
+    def changed(z, t):
+        count = known.shape[2]
+        straight = (z[:, :, :count] - known) / (t[0] / 1000)
+        return torch.cat([straight, velocity(z, t)[:, :, count:]], dim=2)
+
+    return changed
 
 
 def check_finite(tensor, name):

@@ -124,8 +124,9 @@ class Media:
 
     path: Path
     frames: np.ndarray  # uint8 (T, H, W, 3); T = 1 for an image
+    length: int = 1  # T, or more if only the first few were to be kept
     fps: Fraction | None = None  # frames per second, or their average; None for an image
-    total: int = 1  # frames in the file, of which `frames` may be the first few
+    total: int = 1  # frames in the file
     times: tuple = ()  # where the rate varies: seconds from frame 0 to each frame and to the end
     alpha: np.ndarray | None = None  # uint8 (T, H, W)
     profile: dict = field(default_factory=dict)  # icc_profile and exif of an image, for PIL's save
@@ -144,12 +145,13 @@ class Media:
 # Media in
 
 
-def read_frames(path, limit=None, size=None):
+def read_frames(path, limit=None, size=None, kept=None):
     """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of numbers).
 
     Args:
         limit: at most so many frames are decoded. None for all.
         size: (width, height) to which every frame is scaled. None for its own.
+        kept: of a clip, only so many frames are returned; `each_frame` gives all of them.
 
     Returns: Media. Frames are turned as the file says, and laid on white where transparent.
     Raises FileNotFoundError, or MediaError for anything else than a whole image or clip.
@@ -159,10 +161,22 @@ def read_frames(path, limit=None, size=None):
         return read_folder(path, limit, size)
     with open_image(path) as image:
         if image is None:
-            return read_clip(path, limit, size)
+            return read_clip(path, limit, size, kept)
         if frame_count(image) > 1:
-            return read_animation(path, image, limit, size)
+            return read_animation(path, image, limit, size, kept)
         return read_image(path, image, size)
+
+
+def each_frame(path, size=None):
+    """Yields the frames of a clip, uint8 (H, W, 3), one by one. Arguments and errors as above."""
+    with open_image(path) as image:
+        if image is None:
+            with open_clip(path) as (container, track):
+                for _, _, frame, _ in clip_frames(container, track, Media(path, None), size):
+                    yield frame
+        else:
+            for _, frame, _ in animation_frames(image, size):
+                yield frame
 
 
 def media_shape(path):
@@ -249,7 +263,7 @@ def read_folder(path, limit, size):
     if len({media_shape(file)[1:] for file in files[:limit]}) != 1:
         raise MediaError(f"{path} is not a folder of images of one size")
     frames = [read_frames(file, 1, size).frames[0] for file in files[:limit]]
-    return Media(path, np.stack(frames), fps=Fraction(16), total=len(files))
+    return Media(path, np.stack(frames), len(frames), fps=Fraction(16), total=len(files))
 
 
 def read_image(path, image, size):
@@ -269,24 +283,30 @@ def read_image(path, image, size):
     return Media(path, frame[None], alpha=unless_opaque([alpha]), profile=profile)
 
 
-def read_animation(path, image, limit, size):
+def read_animation(path, image, limit, size, kept):
     """An animated PNG, WebP or GIF -> Media."""
     frames, alphas, durations = [], [], []
-    icc = image.info.get("icc_profile")
-    for picture in itertools.islice(ImageSequence.Iterator(image), limit):
-        picture.load()  # before, WebP tells no duration
-        milliseconds = picture.info.get("duration") or 100  # browsers too show 0 as 100
-        durations.append(Fraction(milliseconds) / 1000)
-        frame, alpha = pixels(picture, size, icc)
-        frames.append(frame)
+    for duration, frame, alpha in itertools.islice(animation_frames(image, size), limit):
+        durations.append(duration)
         alphas.append(alpha)
-    times = (0, *itertools.accumulate(durations))
-    fps = (len(frames) / times[-1]).limit_denominator(1001)
+        if kept is None or len(frames) < kept:
+            frames.append(frame)
+    times, length = (0, *itertools.accumulate(durations)), len(durations)
+    fps = (length / times[-1]).limit_denominator(1001)
     if max(durations) - min(durations) <= Fraction(1, 100):  # GIF counts in hundredths of a second
         times = ()
     loop = image.info.get("loop", 1)  # a GIF without it plays once
-    alpha = unless_opaque(alphas)
-    return Media(path, np.stack(frames), fps, image.n_frames, times, alpha, loop=loop)
+    alpha, frames = unless_opaque(alphas), np.stack(frames)
+    return Media(path, frames, length, fps, image.n_frames, times, alpha, loop=loop)
+
+
+def animation_frames(image, size):
+    """Yields (seconds, frame, alpha) of an animation; frame and alpha as `pixels` gives them."""
+    icc = image.info.get("icc_profile")
+    for picture in ImageSequence.Iterator(image):
+        picture.load()  # before, WebP tells no duration
+        milliseconds = picture.info.get("duration") or 100  # browsers too show 0 as 100
+        yield Fraction(milliseconds) / 1000, *pixels(picture, size, icc)
 
 
 def pixels(image, size=None, icc=None):
@@ -349,48 +369,52 @@ def open_clip(path):
             yield container, tracks[0]
 
 
-def read_clip(path, limit=None, size=None):
+def read_clip(path, limit=None, size=None, kept=None):
     """A clip -> Media."""
-    total, remarks, frames, alphas, stamps = count_frames(path), [], [], [], []
+    media, frames, alphas, stamps = Media(path, None), [], [], []
+    total = count_frames(path)
     with open_clip(path) as (container, track):
-        pictures = decode(container, track)
-        first = next(pictures, None)
-        if first is None:
-            raise MediaError(f"{path} has no frame that can be decoded")
-        components, display = first.format.components, first.side_data.get("DISPLAYMATRIX")
-        aspect = (not size and track.sample_aspect_ratio) or Fraction(1)
-        if lies_on_side(display):
-            aspect = 1 / aspect
-        colors = clip_colors(first, track, remarks)
-        transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
-        layout = "rgba" if transparent else "rgb24"
-        for picture in to_rgb(itertools.chain([first], pictures), layout, colors, remarks):
-            if picture.pts is not None:
-                stamps.append(picture.pts * picture.time_base)
-            lasts = (picture.duration or 0) * picture.time_base
-            if len(frames) == limit:  # one more frame tells how long the last one is shown
+        for stamp, lasts, frame, alpha in clip_frames(container, track, media, size):
+            if stamp is not None:
+                stamps.append(stamp)
+            if len(alphas) == limit:  # one more frame tells how long the last one is shown
                 break
-            frame, alpha = pixels(Image.fromarray(upright(picture.to_ndarray(), display)), size)
-            size = frame.shape[1::-1]
-            frames.append(frame)
             alphas.append(alpha)
-        fps, times = frame_rate(stamps, len(frames), lasts, track)
-        bits = max(channel.bits for channel in components)
-        if bits > 8:
-            remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
-        return Media(
-            path,
-            np.stack(frames),
-            fps,
-            max(total, len(frames)),
-            times,
-            alpha=unless_opaque(alphas),
-            start=min(stamps, default=Fraction(0)),
-            sound=len(container.streams.audio) > 0,
-            colors=colors,
-            aspect=None if aspect == 1 else aspect,
-            remarks=remarks,
-        )
+            if kept is None or len(frames) < kept:
+                frames.append(frame)
+        media.sound, media.length = len(container.streams.audio) > 0, len(alphas)
+        media.fps, media.times = frame_rate(stamps, media.length, lasts, track)
+    media.frames, media.alpha = np.stack(frames), unless_opaque(alphas)
+    media.total, media.start = max(total, media.length), min(stamps, default=Fraction(0))
+    return media
+
+
+def clip_frames(container, track, media, size):
+    """Yields (time, duration, frame, alpha) of a clip, in seconds and as `pixels` gives them.
+
+    `media` gets what the first frame says of all: colors, aspect, remarks.
+    """
+    pictures = decode(container, track)
+    first = next(pictures, None)
+    if first is None:
+        raise MediaError(f"{media.path} has no frame that can be decoded")
+    components, display = first.format.components, first.side_data.get("DISPLAYMATRIX")
+    aspect = (not size and track.sample_aspect_ratio) or Fraction(1)
+    if aspect != 1:
+        media.aspect = 1 / aspect if lies_on_side(display) else aspect
+    media.colors = clip_colors(first, track, media.remarks)
+    transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
+    bits = max(channel.bits for channel in components)
+    if bits > 8:
+        media.remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
+    layout = "rgba" if transparent else "rgb24"
+    pictures = itertools.chain([first], pictures)
+    for picture in to_rgb(pictures, layout, media.colors, media.remarks):
+        stamp = None if picture.pts is None else picture.pts * picture.time_base
+        lasts = (picture.duration or 0) * picture.time_base
+        frame, alpha = pixels(Image.fromarray(upright(picture.to_ndarray(), display)), size)
+        size = frame.shape[1::-1]
+        yield stamp, lasts, frame, alpha
 
 
 def count_frames(path):
@@ -927,7 +951,7 @@ class Phases:
 
     def __init__(self):
         self.phase, self.device = None, "cpu"
-        self.rows = []  # (phase, seconds, peak in bytes, remark)
+        self.rows = {}  # phase: (seconds, peak in bytes, remark)
 
     def __call__(self, phase, done, total):
         now = time.perf_counter()
@@ -953,13 +977,15 @@ class Phases:
             if self.phase == "denoise" and self.done > 1:
                 each = (seconds - self.first) / (self.done - 1)
                 remark = f"   first step {self.first:.2f} s, then {each:.2f} s each"
-            self.rows.append((self.phase, seconds, peak, remark))
+            before, highest, _ = self.rows.get(self.phase, (0, 0, ""))  # in an earlier window
+            self.rows[self.phase] = before + seconds, max(highest, peak), remark
         self.phase = None
 
     def table(self):
-        _, seconds, peaks, _ = zip(*self.rows)
+        seconds, peaks, _ = zip(*self.rows.values())
+        rows = self.rows | {"total": (sum(seconds), max(peaks), "")}
         lines = [f"{'phase':10} {'seconds':>9} {'peak GB':>9}"]
-        for phase, duration, peak, remark in [*self.rows, ("total", sum(seconds), max(peaks), "")]:
+        for phase, (duration, peak, remark) in rows.items():
             lines.append(f"{phase:10} {duration:9.1f} {peak / 1e9:9.2f}{remark}")
         return "\n".join(lines)
 
@@ -1072,7 +1098,10 @@ def parse(argv):
     add(
         "--area", "PIXELS", area, f"edit larger inputs at this, and scale back {configured('none')}"
     )
-    add("--frames", "N", number(int, 1, 10**6), "edit the first N frames (default: 81)", default=81)
+    count = number(int, 1, 10**6)
+    add("--frames", "N", count, "edit the first N frames of a clip (default: 81)", default=81)
+    help = "edit all of a longer clip, in windows of --frames that share N; 1 + a multiple of 4"
+    add("--overlap", "N", count, help)
     switch("--compare", "also write source and result side by side, to FILE's name and _compare")
     add("--device", "NAME", str, "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     help = "float32 or bfloat16, for all but the VAE (default: bfloat16 on CUDA, else float32)"
@@ -1123,6 +1152,10 @@ def check_arguments(args):
     is_file = args.many and (args.output.is_file() or args.output.suffix.lower() in KNOWN)
     if is_file and not args.output.is_dir():
         raise ValueError(f"{args.output} is no folder; several edits need one")
+    lengths = args.frames, args.overlap
+    if args.overlap and not (args.overlap < args.frames and {n % 4 for n in lengths} == {1}):
+        rule = "each is 1 + a multiple of 4, and windows are longer than what they share"
+        raise ValueError(f"--overlap {args.overlap} of --frames {args.frames}: {rule}")
     if not args.batch and not args.instruction.strip():
         raise ValueError("the instruction is empty; say what to do")
     if os.path.isfile(args.instruction):
@@ -1159,14 +1192,16 @@ def read_inputs(args):
         if length > 1 or path.is_dir():
             raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
         check_size(path, width, height)
-    source = read_frames(args.input, args.frames, args.size)
+    in_windows = args.overlap and holds_clip(args.input)
+    limits = {"kept": 1} if in_windows else {"limit": args.frames}
+    source = read_frames(args.input, size=args.size, **limits)
     for remark in source.remarks:
         note(f"{args.input} {remark}")
-    count, total = len(source.frames), source.total
-    if count < min(total, args.frames):
+    count, total = source.length, source.total
+    if count < min(total, limits.get("limit", total)):
         note(f"{args.input} has {total} frames, of which {count} can be decoded")
     elif count < total:
-        note(f"{args.input} has {total} frames; the first {count} are edited (see --frames)")
+        note(f"{args.input} has {total} frames; the first {count} are edited (see --overlap)")
     return source, [read_frames(path).frames[0] for path in args.ref]
 
 
@@ -1281,20 +1316,18 @@ def scaled(frame, size):
 def edit(args, outputs, loaded):
     """Makes one edit, of args.input. loaded() -> (model, device), called once all else is fine."""
     source, references = read_inputs(args)
-    frames = source.frames
-    height, width = frames.shape[1:3]
+    height, width = source.frames.shape[1:3]
     size = working_size(width, height, args.area)
     if size != (width, height):
-        frames = np.stack([scaled(frame, size) for frame in frames])
         sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
         note(f"{args.input} is edited at {sizes} (see --area)")
         if args.weights == DEFAULT_WEIGHTS:
             note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
     with contextlib.ExitStack() as stack:
         beside = replace(source, alpha=None, profile={})  # of source and result side by side
-        wide = len(frames), height, 2 * width, 3
+        shape, wide = (source.length, height, width, 3), (source.length, height, 2 * width, 3)
         if source.is_video:
-            writers = [clip_writer(outputs[0], source.frames.shape, source.fps, source, note)]
+            writers = [clip_writer(outputs[0], shape, source.fps, source, note)]
             writers += [clip_writer(path, wide, source.fps, beside) for path in outputs[1:]]
         else:
             writers = [image_writer(outputs[0], source, note)]
@@ -1303,20 +1336,51 @@ def edit(args, outputs, loaded):
         phases = Phases()
         phases("load", 0, 1)
         model, phases.device = loaded()
-        originals = iter(source.frames)
-
-        def write(piece):
-            for frame in piece:
-                frame = scaled(frame, (width, height))
-                pictures = [frame, np.concatenate([next(originals), frame], axis=1)]
-                for writer, picture in zip(writers, pictures):
-                    writer(picture)
-
         settings = args.steps, args.guidance, args.seed, float(source.fps or 16)
-        model.edit(frames, args.instruction, references, *settings, phases, write)
+        earlier = np.empty((0, *size[::-1], 3), np.uint8)  # the result of the window before
+        for originals, shared in windows(args, source):
+            frames = originals
+            if size != (width, height):
+                frames = np.stack([scaled(frame, size) for frame in frames])
+            numbers, pieces = iter(range(len(frames))), []
+
+            def write(piece):
+                if args.overlap:
+                    pieces.append(piece)
+                for frame, i in zip(piece, numbers):
+                    if i >= shared:
+                        frame = scaled(frame, (width, height))
+                        pictures = [frame, np.concatenate([originals[i], frame], axis=1)]
+                        for writer, picture in zip(writers, pictures):
+                            writer(picture)
+
+            known = {"start": earlier[-shared:]} if shared else {}
+            model.edit(frames, args.instruction, references, *settings, phases, write, **known)
+            if args.overlap:
+                earlier = np.concatenate(pieces)
     phases.end()
     if not args.many:
         say(phases.table(), sys.stderr)
+
+
+def windows(args, source):
+    """Yields (frames, how many of them were in the window before) until the end of a clip.
+
+    The last window is as long as the others, so it shares more.
+    """
+    if not (args.overlap and source.is_video):
+        yield source.frames, 0
+        return
+    frames, window, done = each_frame(args.input, args.size), [], 0
+    while done < source.length:
+        shared, left = 0, source.length - done
+        if done:
+            shared = max(args.overlap, (args.frames - left - 1) // 4 * 4 + 1)
+            note(f"{args.input}: {done} of {source.length} frames are done")
+        new = itertools.islice(frames, min(left, args.frames - shared))
+        window = [*window[len(window) - shared :], *new]
+        yield np.stack(window), shared
+        done += len(window) - shared
 
 
 def one_edit(args, source, references=(), output=None, seed=None):
@@ -1448,7 +1512,7 @@ def edit_many(args):
 
 # What decides a result, beside its own row. The device is not among them: shards may differ in it.
 SETTINGS = ("weights", "instructx", "steps", "guidance", "seed", "size", "area", "frames")
-SETTINGS += ("compare", "dtype", "compile", "quantize", "tile")
+SETTINGS += ("overlap", "compare", "dtype", "compile", "quantize", "tile")
 
 
 def settings_of(args):

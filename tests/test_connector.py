@@ -208,6 +208,54 @@ def test_arguments_that_make_no_edit(model, arguments, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_known_frames_stay_and_the_others_go_on_from_them(tiny_weights, solver, guidance):
+    """Known frames that come out changed, or that the others never see: a jump at every join."""
+    model = InstructX.from_pretrained(tiny_weights, solver=solver)
+    clip, start = picture(9, 24, 40, seed=4), picture(5, 24, 40, seed=5)
+    seen, velocity = [], model.velocity
+
+    def spied(*arguments):
+        v = velocity(*arguments)
+        return lambda z, t: seen.append((z.clone(), t)) or v(z, t)
+
+    model.velocity = spied
+    settings = dict(steps=5, guidance=guidance, seed=3)
+    free = model.edit(clip, "make it night", **settings)
+    apart, seen[:] = seen[:], []
+    held = model.edit(clip, "make it night", **settings, start=start)
+    with torch.inference_mode():
+        known = model.encode(start)
+        round_trip = torch.cat(list(model.vae.decode_stream(known)), dim=2)
+    noise = torch.randn(1, *seen[0][0].shape[1:], generator=torch.Generator().manual_seed(3))
+    count = known.shape[2]
+    for z, t in seen:  # as noisy as the others, and on the line from the noise to what is known
+        sigma = t[0] / seen[0][1][0]
+        expected = sigma * noise[:, :, :count] + (1 - sigma) * known
+        assert error(z[:1, :, :count], expected) < TOLERANCE
+    cropped = to_frames(round_trip[..., :24, :40])
+    assert np.abs(held[:5].astype(int) - cropped).max() <= 1
+    assert not np.array_equal(held[5:], free[5:])
+    assert len(seen) == len(apart) == 5
+
+
+@pytest.mark.parametrize(
+    "start, message",
+    [
+        (picture(4, 24, 40), "4 known frames; it should be 1 [+] a multiple of 4"),
+        (picture(9, 24, 40), "cannot start with"),
+        (picture(5, 24, 48), "cannot start with"),
+        (picture(5, 24, 40).astype(float), "not uint8"),
+        (picture(0, 24, 40), "not uint8"),
+    ],
+)
+def test_known_frames_that_do_not_fit(model, start, message):
+    """Shapes that torch would report from within, after the work."""
+    with pytest.raises(ValueError, match=message):
+        model.edit(picture(9, 24, 40), "x", start=start)
+
+
 @pytest.mark.parametrize("settings", [{"shift": 0.0}, {"solver": "magic"}, {"steps": 0}])
 def test_settings_that_make_no_edit(tiny_weights, settings):
     """A bad setting of the sampler is told before the pictures are encoded."""

@@ -329,8 +329,8 @@ def test_bad_options_are_told_before_torch_is_loaded(tmp_path):
     text = shell("--help").stdout
     options = set(re.findall(r"^  (?:-o PATH, )?--(\w+)", text, re.MULTILINE))
     plain = {"ref", "instructx", "compare", "compile", "offload", "quantize", "tile"}
-    plain |= {"batch", "shard"}
-    assert len(options) == 19 and text.count("(default:") == len(options - plain)
+    plain |= {"batch", "shard", "overlap"}
+    assert len(options) == 20 and text.count("(default:") == len(options - plain)
 
 
 def test_output_has_a_name_by_default(negative, photo, clip, tmp_path, capsys):
@@ -1145,6 +1145,72 @@ def test_longer_clips_are_cut_aloud(negative, clip, tmp_path, capsys):
     (_, _, sound), (_, _, whole) = sounds(tmp_path / "out.mp4")[0], sounds(clip)[0]
     assert sound == whole[: len(sound)]
     assert 4 / 29.97 <= len(sound) * 1024 / 44100 < 4 / 29.97 + 3 * 1024 / 44100
+
+
+class Windows(Negative):
+    """The negative, of which every window is a level darker than the one before."""
+
+    def edit(self, frames, *arguments, start=None):
+        self.calls.append((frames, start))
+        self.level += 1
+        super().edit(frames + np.uint8(self.level), *arguments)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webp"])
+@pytest.mark.parametrize(
+    "length, overlap, expected",  # (first frame, frames, shared) of each window
+    [
+        (25, 1, [(0, 9, 0), (8, 9, 1), (16, 9, 1)]),
+        (25, 5, [(0, 9, 0), (4, 9, 5), (8, 9, 5), (12, 9, 5), (16, 9, 5)]),
+        (20, 1, [(0, 9, 0), (8, 9, 1), (12, 8, 5)]),
+        (18, 1, [(0, 9, 0), (8, 9, 1), (12, 6, 5)]),
+        (9, 5, [(0, 9, 0)]),
+        (4, 1, [(0, 4, 0)]),
+    ],
+)
+def test_windows_of_a_long_clip(tmp_path, monkeypatch, suffix, length, overlap, expected, capsys):
+    """A frame left out or twice, or a window that does not go on from the one before."""
+    frames = smooth(48, 64, length) // 2
+    monkeypatch.setitem(CLIP_OPTIONS, ".webp", ("webp", "libwebp_anim", "bgra", {"lossless": "1"}))
+    lossless = ("matroska", "libx264rgb", "rgb24", {"qp": "0"})
+    monkeypatch.setitem(CLIP_OPTIONS, ".mkv", lossless)
+    write_clip(tmp_path / f"in{suffix}", frames, 10)
+    model = Windows()
+    model.calls, model.level = [], -1
+    monkeypatch.setattr(edit, "load", lambda args: (model, "cpu"))
+    options = ("--frames", 9, "--overlap", overlap, "-o", tmp_path / f"out{suffix}")
+    code, _, err = run(capsys, tmp_path / f"in{suffix}", "x", *options, "--weights", tmp_path)
+    assert code == 0 and err.count("frames are done") == len(expected) - 1
+    result = read_frames(tmp_path / f"out{suffix}").frames
+    assert len(result) == length and len(model.calls) == len(expected)
+    for number, ((first, count, shared), (shown, start)) in enumerate(zip(expected, model.calls)):
+        assert np.array_equal(shown, frames[first : first + count])
+        new = slice(first + shared, first + count)
+        assert np.array_equal(result[new], 255 - number - frames[new])
+        if shared:  # what the window before made of them
+            assert np.array_equal(start, 256 - number - frames[first : first + shared])
+        else:
+            assert start is None
+
+
+def test_windows_of_other_sizes_and_kinds(negative, photo, clip, tmp_path, capsys):
+    """Scaled clips, images and short clips; lengths that the VAE could not share."""
+    options = ("--overlap", 5, "--weights", tmp_path)
+    for frames, overlap in ((9, 9), (9, 4), (10, 5)):
+        wrong = ("--frames", frames, "--overlap", overlap)
+        code, _, err = run(capsys, clip, "x", "-o", tmp_path / "o.mp4", *options, *wrong)
+        assert code == 2 and err.count("\n") == 1 and "1 + a multiple of 4" in err
+    code, _, _ = run(capsys, photo, "x", "-o", tmp_path / "o.png", *options)
+    assert code == 0 and negative.frames.shape == (1, 40, 56, 3)
+    model = Windows()
+    model.calls, model.level = [], -1
+    edit.load = lambda args: (model, "cpu")  # the fixture puts the real one back
+    more = ("--frames", 9, "--area", 1000, "--compare")
+    code, _, err = run(capsys, clip, "x", "-o", tmp_path / "o.mp4", *options, *more)
+    assert code == 0 and [len(frames) for frames, _ in model.calls] == [9, 6]
+    assert model.calls[1][1].shape == (5, 24, 32, 3)
+    assert read_frames(tmp_path / "o.mp4").frames.shape == (10, 48, 64, 3)
+    assert read_frames(tmp_path / "o_compare.mp4").frames.shape == (10, 48, 128, 3)
 
 
 def test_frames_that_cannot_be_decoded(negative, tmp_path, capsys):
