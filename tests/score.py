@@ -27,6 +27,7 @@ import os
 import re
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -50,52 +51,59 @@ GEDIT_COLUMNS = (
     "task_type", "key", "instruction", "instruction_language", "input_image", "Intersection_exist")
 STILL_SUFFIXES = (".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
-QUESTIONS = {"imgedit": ("",), "gedit": ("SC", "PQ"), "vie": ("",), "other": ("",)}
-MAX_TOKENS = {"imgedit": 2048, "gedit": 512, "vie": 1024, "other": 1024}  # of a reply
-SCALES = {"imgedit": (1, 5), "gedit": (0, 10), "vie": (1, 10), "other": (1, 10)}
-GEDIT_PROMPTS = {
-    "SC": ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC"),
-    "PQ": ("_context_no_delimit", "_prompts_0shot_rule_PQ"),
-}
 JUDGE_FPS, FEWEST_FRAMES = 2.0, 4  # what a judge sees of a clip, as in Qwen's own pipeline
-
-# The columns of a table; the last one is the headline.
+GEDIT_CONTEXT, GEDIT_RULES = "_context_no_delimit", {  # constants of vie_prompts.py
+    "SC": ("_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC"),
+    "PQ": ("_prompts_0shot_rule_PQ",),
+}
 VIE_METRICS = {"follow": "follow", "preserv": "preserv.", "quality": "quality", "similar": "simil."}
-METRICS = {
-    "imgedit": ("mean",),
-    "gedit": ("Q_SC", "Q_PQ", "Q_O"),
-    "vie": (*VIE_METRICS.values(), "Avg"),
-    "other": (*VIE_METRICS.values(), "Avg"),
+VIE_COLUMNS = (*VIE_METRICS.values(), "Avg")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is judged, and the paper's own row of it (InstructX)."""
+
+    scale: tuple  # least and most of a score
+    columns: tuple  # of the table; the last one is the headline
+    paper: dict  # kind -> values of the columns
+    note: str
+    questions: tuple = ("",)  # asked about each result
+    max_tokens: int = 1024  # of a reply
+
+
+BENCHMARKS = {
+    "imgedit": Benchmark(
+        (1, 5), ("mean",), {
+            "adjust": "3.56", "remove": "3.92", "replace": "4.03", "add": "3.70", "style": "4.45",
+            "compose": "3.27", "background": "3.63", "action": "4.24"},
+        "Table 2, judged by GPT-4.1 as its section 4.2 says, by Qwen2.5-VL-72B as its caption says",
+        max_tokens=2048),
+    "gedit": Benchmark(
+        (0, 10), ("Q_SC", "Q_PQ", "Q_O"), {},
+        "7.47 7.22 6.68, Table 1, judged by Qwen2.5-VL-72B; language and set are not stated",
+        questions=("SC", "PQ"), max_tokens=512),
+    "vie": Benchmark(
+        (1, 10), VIE_COLUMNS, {
+            "Add": "8.446 8.683 7.919 - 8.349 (30)",
+            "Swap/Change": "9.514 9.171 8.533 - 9.072 (35)",
+            "Remove": "8.627 8.668 7.672 - 8.322 (30)",
+            "Style/Tone": "9.650 9.099 8.839 - 9.196 (15)",
+            "Hybrid": "9.448 8.862 8.411 - 8.907 (10)",
+            "Ref Swap": "9.210 9.201 8.221 9.190 8.955 (10)",
+            "Ref Add": "9.491 9.252 8.375 9.511 9.157 (10)"},
+        "Table 3, with the number of cases, judged by GPT-4o"),
+    "other": Benchmark((1, 10), VIE_COLUMNS, {}, "none"),
 }
-# The paper's own rows (InstructX), for VIE-Bench with the number of cases.
-PAPER = {
-    "imgedit": {
-        "adjust": "3.56", "remove": "3.92", "replace": "4.03", "add": "3.70", "style": "4.45",
-        "compose": "3.27", "background": "3.63", "action": "4.24"},
-    "gedit": {},
-    "vie": {
-        "Add": "8.446 8.683 7.919 - 8.349 (30)",
-        "Swap/Change": "9.514 9.171 8.533 - 9.072 (35)",
-        "Remove": "8.627 8.668 7.672 - 8.322 (30)",
-        "Style/Tone": "9.650 9.099 8.839 - 9.196 (15)",
-        "Hybrid": "9.448 8.862 8.411 - 8.907 (10)",
-        "Ref Swap": "9.210 9.201 8.221 9.190 8.955 (10)",
-        "Ref Add": "9.491 9.252 8.375 9.511 9.157 (10)"},
-    "other": {},
+IMGEDIT_PAPER_MEAN = "3.85"  # of its eight kinds, without extract
+VIE_KINDS = {  # rows of Table 3: words in the names of their kinds
+    "Hybrid": ("hybrid",), "Add": ("add",), "Remove": ("remov",),
+    "Style/Tone": ("style", "tone", "weather"),
+    "Swap/Change": ("swap", "change", "color", "replace"),
 }
-PAPER_OVERALL = "3.85"  # of ImgEdit: the mean of the eight kinds above
-PAPER_NOTES = {
-    "imgedit": "the paper's InstructX: Table 2; the judge is GPT-4.1 by its section 4.2, "
-    "Qwen2.5-VL-72B by the table's caption",
-    "gedit": "the paper's InstructX: 7.47 7.22 6.68 (Table 1; judge Qwen2.5-VL-72B; "
-    "language and set are not stated)",
-    "vie": "the paper's InstructX: Table 3, with the number of cases; judge GPT-4o",
-    "other": "the paper has no such table",
-}
-VIE_KINDS = (  # rows of Table 3 and words in the names of their kinds
-    ("Hybrid", ("hybrid",)), ("Add", ("add",)), ("Remove", ("remov",)),
-    ("Style/Tone", ("style", "tone", "weather")),
-    ("Swap/Change", ("swap", "change", "color", "replace")))
+GEDIT_CSV = (
+    "source_image", "edited_image", "instruction", "sementics_score", "quality_score",
+    "intersection_exist", "instruction_language")
 
 
 # Rows: from a published file to what edit.py edits.
@@ -196,14 +204,6 @@ def gedit_row(item, path, folder):
         "language": language, "intersection": bool(item["Intersection_exist"])}
 
 
-def arrow_files(path):
-    """The .arrow files of a folder, or the file itself."""
-    files = sorted(path.rglob("*.arrow")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path} holds no .arrow file")
-    return files
-
-
 def write_rows(args):
     """`rows`: writes the rows file, whole or not at all."""
     columns, folder = dict(args.columns), args.output.parent
@@ -211,11 +211,14 @@ def write_rows(args):
     if args.benchmark == "gedit":
         if columns:
             raise ValueError("GEdit-Bench has columns of its own: leave --columns out")
-        files = [file for path in args.files for file in arrow_files(path)]
+        files = [sorted(path.rglob("*.arrow")) if path.is_dir() else [path] for path in args.files]
+        files = [file for found in files for file in found]
         rows = [row for file in files for row in gedit_rows(file, folder)]
     else:
         columns = IMGEDIT_COLUMNS | columns if args.benchmark == "imgedit" else columns
         rows = [row for path in args.files for row in file_rows(path, args.benchmark, columns)]
+    if not rows:
+        raise ValueError(f"{args.files[0]} holds no edits")
     numbers = {}
     for index, row in enumerate(rows, 1):
         if numbers.setdefault(row["output"], index) != index:
@@ -223,8 +226,6 @@ def write_rows(args):
             raise ValueError(f"{pair} would both become {row['output']}: their keys are equal")
     media = [path for row in rows for path in (row["source"], *row["references"])]
     absent = [path for path in media if not path.exists()]
-    if len(absent) == len(media):
-        raise ValueError(f"none of the media is there, such as {absent[0] if absent else '-'}")
 
     def relative(path):
         return os.path.relpath(Path(os.path.realpath(path.parent)) / path.name, here)
@@ -235,10 +236,10 @@ def write_rows(args):
             row["source"] = relative(row["source"])
             row["references"] = [relative(path) for path in row["references"]]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(Counter(r["kind"] for r in rows).items()))
-    print(f"{args.output}: {len(rows)} rows ({kinds})")
+    kinds = sorted(Counter(row["kind"] for row in rows).items())
+    print(f"{args.output}: {len(rows)} rows: {', '.join(f'{kind} {n}' for kind, n in kinds)}")
     if absent:
-        print(f"{len(absent)} media are missing, such as {absent[0]}")
+        print(f"{len(absent)} of {len(media)} media are not there, such as {absent[0]}")
 
 
 # The judge.
@@ -253,7 +254,7 @@ def read_rows(path):
     rows = read_records(path)
     for index, row in enumerate(rows, 1):
         texts = [row.get(name) for name in ("source", "instruction", "output", "key", "kind")]
-        if row.get("benchmark") not in QUESTIONS or not all(isinstance(t, str) for t in texts):
+        if row.get("benchmark") not in BENCHMARKS or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"{path}, row {index} was not written by `score.py rows`")
         row["source"] = path.parent / row["source"]
         row["references"] = [path.parent / name for name in row.get("references") or []]
@@ -282,39 +283,36 @@ def read_strings(path):
 def read_prompts(files, rows):
     """The prompts of a benchmark by kind, by question, or by whether there is a reference."""
     benchmark, first = rows[0]["benchmark"], read_strings(files[0])
-    if benchmark in ("imgedit", "gedit") and len(files) > 1:
-        raise ValueError(f"{benchmark} has one file of prompts")
-    if benchmark == "gedit":
-        needed = {name for names in GEDIT_PROMPTS.values() for name in names}
-        prompts = {
-            question: "\n".join(first.get(name, "") for name in names)
-            for question, names in GEDIT_PROMPTS.items()}
-    elif benchmark == "imgedit":
+    if len(files) > (1 if benchmark in ("imgedit", "gedit") else 2):
+        raise ValueError(f"--prompts names too many files for {benchmark}")
+    if benchmark == "imgedit":
         needed, prompts = {row["kind"] for row in rows}, first
+    elif benchmark == "gedit":
+        names = {question: (GEDIT_CONTEXT, *rules) for question, rules in GEDIT_RULES.items()}
+        needed = {name for group in names.values() for name in group}
+        prompts = {q: "\n".join(first.get(name, "") for name in names[q]) for q in names}
     else:
-        needed, first = {""}, first
-        prompts = {False: first.get("")}
+        needed, prompts = {""}, {False: first.get("")}
         if len(files) > 1:
             prompts[True] = read_strings(files[1]).get("")
         if any(row["references"] for row in rows) and not prompts.get(True):
             raise ValueError("some rows have references: --prompts needs a second text, for those")
     absent = sorted(needed - first.keys())
     if absent:
-        names = ", ".join(absent) or "one text"
-        raise ValueError(f"{files[0]} should hold the prompts of {benchmark}; it lacks: {names}")
+        names = ", ".join(absent).strip() or "it should be one text"
+        raise ValueError(f"{files[0]} lacks prompts of {benchmark}: {names}")
     return prompts
 
 
 def judge_folders(folder):
-    """Folders of the weights and the processor, and a config.json elsewhere or None."""
+    """The folders as of `locate`: those of an editor, or that of a Qwen2.5-VL alone."""
     from connector import locate
     from mllm import read_json
 
     config = folder / "config.json"
     if config.is_file() and read_json(config).get("model_type") == "qwen2_5_vl":
-        return folder, folder, None
-    found = locate(folder)
-    return found["mllm"], found.get("processor", found["mllm"]), found.get("mllm_config")
+        return {"mllm": folder}
+    return locate(folder)
 
 
 def weights_digest(folder):
@@ -392,17 +390,16 @@ def load_judge(args, folders):
 
     from mllm import Processor, Qwen2_5_VL
 
-    folder, processor_folder, config = folders
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one error
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {args.device} is not available ({reason})") from None
-    processor = Processor.from_pretrained(processor_folder)
+    processor = Processor.from_pretrained(folders.get("processor", folders["mllm"]))
     if args.pixels:
         processor.min_pixels, processor.max_pixels = args.pixels
-    dtype = getattr(torch, args.dtype)
-    return Qwen2_5_VL.from_pretrained(folder, args.device, dtype, config=config), processor
+    settings = folders["mllm"], args.device, getattr(torch, args.dtype)
+    return Qwen2_5_VL.from_pretrained(*settings, config=folders.get("mllm_config")), processor
 
 
 def record(settings, file):
@@ -435,11 +432,14 @@ def judge(args):
         raise ValueError("--pixels takes the smaller number first")
     if not args.results.is_dir():
         raise ValueError(f"there is no folder {args.results}")
-    complete_device(args)
-    folders, benchmark = judge_folders(args.weights), rows[0]["benchmark"]
+    import torch  # here and not at the top: a mistake should be reported at once
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    folders, benchmark = judge_folders(args.weights), BENCHMARKS[rows[0]["benchmark"]]
     settings = {
         "judge": args.weights.resolve().name,
-        "weights": weights_digest(folders[0]),
+        "weights": weights_digest(folders["mllm"]),
         "prompts": [digest(file.read_bytes()) for file in args.prompts],
         "rows": digest(args.rows.read_bytes()),
         "pixels": args.pixels,
@@ -450,7 +450,7 @@ def judge(args):
     record(settings, args.results / "judge.json")
     if file.exists():
         os.truncate(file, end)
-    pairs = [(row, question) for row in rows for question in QUESTIONS[benchmark]]
+    pairs = [(row, question) for row in rows for question in benchmark.questions]
     states = [reply_of(*pair, replies, args.results)[0] for pair in pairs]
     todo = [pair for pair, state in zip(pairs, states) if state == "not judged"]
     failed = 0
@@ -461,7 +461,7 @@ def judge(args):
         try:
             system, parts, fps = prompt_of(row, question, prompts, args.results)
             inputs = processor.chat(parts, system, fps)
-            reply = model.generate(inputs, processor, MAX_TOKENS[benchmark])
+            reply = model.generate(inputs, processor, benchmark.max_tokens)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
@@ -474,16 +474,8 @@ def judge(args):
             log.write(json.dumps(line, ensure_ascii=False) + "\n")
     there = len(pairs) - states.count("no result") - failed
     print(f"{there} of {len(pairs)} replies, {states.count('no result')} without a result, "
-          f"{failed} that could not be judged")
+          f"{failed} failed")
     return failed
-
-
-def complete_device(args):
-    """Fills in --device and --dtype as edit.py does."""
-    import torch
-
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
 
 
 # Scores.
@@ -535,12 +527,12 @@ def named_numbers(reply, top):
 
 
 def scores(row, replies):
-    """The values of a case in the order of METRICS, None for similarity without a reference.
+    """The values of a case by column, with None for a similarity that was not asked for.
 
-    None in all if a score is missing, appears twice, or lies outside of the scale.
+    None for the whole case if a score is missing, appears twice, or lies outside of the scale.
     """
     benchmark = row["benchmark"]
-    least, most = SCALES[benchmark]
+    least, most = BENCHMARKS[benchmark].scale
     named = [named_numbers(reply, most) for reply in replies]
     if benchmark == "imgedit":
         parts = [[value for _, value in named[0] if value is not None]]
@@ -569,7 +561,7 @@ def table_kind(row):
     kind = row["kind"].lower()
     if row["benchmark"] != "vie":
         return row["kind"]
-    fitting = [name for name, words in VIE_KINDS if any(word in kind for word in words)]
+    fitting = [name for name, words in VIE_KINDS.items() if any(word in kind for word in words)]
     if not fitting:
         return row["kind"]
     if row["references"] or "ref" in kind:
@@ -583,45 +575,42 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-def means(cases, width):
-    """[lists of values, or None where missing] -> means of the columns, and of the last as zeros."""
+def means(cases, columns):
+    """[values or None where missing] -> means of the columns, and of the last with zeros for None."""
     there = [case for case in cases if case]
-    columns = [mean([case[column] for case in there]) for column in range(width)]
-    return [*columns, mean([case[-1] if case else 0.0 for case in cases])]
+    each = [mean([case[column] for case in there]) for column in range(len(columns))]
+    return [*each, mean([case[-1] if case else 0.0 for case in cases])]
 
 
-def table_line(label, cases, values, paper=""):
-    """A line of a table; `cases` are counted, `values` printed."""
-    cells = "".join(f"{'-' if value is None else format(value, '.3f'):>10}" for value in values)
-    counts = f"{len(cases):7}{sum(case is None for case in cases):9}"
-    return f"{label:32}{counts}{cells}  {paper}".rstrip()
-
-
-def block(title, rows, cases, benchmark):
-    """The lines of a table: a line per kind, then means."""
-    kinds, paper, metrics = {}, PAPER[benchmark], METRICS[benchmark]
+def block(title, rows, cases):
+    """The lines of a table: heads, a line per kind, and the means of ImgEdit and GEdit."""
+    name = rows[0]["benchmark"]
+    paper, columns, kinds = BENCHMARKS[name].paper, BENCHMARKS[name].columns, {}
     for row, case in zip(rows, cases):
         kinds.setdefault(table_kind(row), []).append(case)
     order = [*filter(kinds.get, paper), *sorted(kinds.keys() - paper.keys())]
-    heads = "".join(f"{head:>10}" for head in (*metrics, "as zeros"))
-    lines = [f"{title:32}{'n':>7}{'missing':>9}{heads}{'  paper' if paper else ''}"]
-    each = {kind: means(kinds[kind], len(metrics)) for kind in order}
-    lines += [table_line(kind, kinds[kind], each[kind], paper.get(kind, "")) for kind in order]
+    each = {kind: means(kinds[kind], columns) for kind in order}
+    lines = [(kind, kinds[kind], each[kind], paper.get(kind, "")) for kind in order]
 
-    def mean_of(names, label, paper=""):
-        scored = sum(each[name][-2] is not None for name in names)
-        values = [mean(column) for column in zip(*(each[name] for name in names))]
-        chosen = [case for name in names for case in kinds[name]]
-        lines.append(table_line(label.format(scored), chosen, values, paper))
+    def mean_of(chosen, label, beside=""):
+        scored = sum(each[kind][-2] is not None for kind in chosen)
+        values = [mean(column) for column in zip(*map(each.get, chosen))]
+        counted = [case for kind in chosen for case in kinds[kind]]
+        lines.append((label.format(scored), counted, values, beside))
 
-    if benchmark in ("imgedit", "gedit"):
+    if name in ("imgedit", "gedit"):
         mean_of(order, "mean of {} kinds")
-    if benchmark == "imgedit":
+    if name == "imgedit":
         others = [kind for kind in order if kind != "extract"]
-        if others:
-            mean_of(others, "mean of {} kinds without extract", PAPER_OVERALL)
-        lines.append(table_line("mean of all cases", cases, means(cases, len(metrics))))
-    return lines
+        mean_of(others, "mean of {} kinds without extract", IMGEDIT_PAPER_MEAN)
+        lines.append(("mean of all cases", cases, means(cases, columns), ""))
+    heads = "".join(f"{head:>10}" for head in (*columns, "as zeros"))
+    text = [f"{title:32}{'n':>7}{'missing':>9}{heads}{'  paper' if paper else ''}"]
+    for label, counted, values, beside in lines:
+        cells = "".join(f"{'-' if value is None else format(value, '.3f'):>10}" for value in values)
+        counts = f"{len(counted):7}{counted.count(None):9}"
+        text.append(f"{label:32}{counts}{cells}  {beside}".rstrip())
+    return "\n".join(text)
 
 
 def write_official(rows, replies, cases, results):
@@ -636,18 +625,16 @@ def write_official(rows, replies, cases, results):
         return []
     folder = results / "qwen25vl" / "eval_results_new"
     folder.mkdir(parents=True, exist_ok=True)
-    columns = "source_image edited_image instruction sementics_score quality_score"
-    columns = f"{columns} intersection_exist instruction_language".split()
     files = []
     for group in sorted({row["kind"] for row in rows}):
         files.append(folder / f"{results.resolve().name}_{inside(group)}_gpt_score.csv")
-        with whole(files[-1]) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as f:
-            writer = csv.writer(f)
-            writer.writerow(columns)
-            for row, case in zip(rows, cases):
-                if case and row["kind"] == group:
-                    media = row["source"], results / row["output"], row["instruction"]
-                    writer.writerow([*media, *case[:2], row["intersection"], row["language"]])
+        lines = [GEDIT_CSV]
+        for row, case in zip(rows, cases):
+            if case and row["kind"] == group:
+                media = row["source"], results / row["output"], row["instruction"]
+                lines.append((*media, *case[:2], row["intersection"], row["language"]))
+        with whole(files[-1]) as part, open(part, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(lines)
     return files
 
 
@@ -660,7 +647,7 @@ def table(args):
     stored, _ = read_replies(args.results / "replies.jsonl")
     replies, cases = [], []
     for row in rows:
-        pairs = [reply_of(row, q, stored, args.results) for q in QUESTIONS[benchmark]]
+        pairs = [reply_of(row, q, stored, args.results) for q in BENCHMARKS[benchmark].questions]
         state = next((state for state, _ in pairs if state), "")
         replies.append(["" if state else reply for _, reply in pairs])
         cases.append(None if state else scores(row, replies[-1]))
@@ -668,23 +655,20 @@ def table(args):
     names = "no result", "not judged", "no scores"
     reasons = ", ".join(f"{name} {states[name]}" for name in names)
     prompts = " ".join(name[:8] for name in settings["prompts"])
-    print(f"{benchmark}: scored with judge {settings['judge']} ({settings['weights'][:8]}), prompts "
-          f"{prompts}, {len(rows) - states['']} of {len(rows)} missing ({reasons}); not comparable "
-          "with tables made by another judge")
-    parts = [("", rows, cases)]
+    print(
+        f"{benchmark}: scored with judge {settings['judge']} ({settings['weights'][:8]}), "
+        f"prompts {prompts}, {len(rows) - states['']} of {len(rows)} missing ({reasons}); "
+        "not comparable with tables made by another judge")
     if benchmark == "gedit":
-        both = list(zip(rows, cases))
-        parts = []
         for language in sorted({row["language"] for row in rows}):
-            for name in ("all", "intersection"):
-                chosen = [
-                    (row, case) for row, case in both
-                    if row["language"] == language and (name == "all" or row["intersection"])]
-                if chosen:
-                    parts.append((f"{language}, {name}", *zip(*chosen)))
-    for part in parts:
-        print("\n".join(["", *block(*part, benchmark)]))
-    print(f"\n{PAPER_NOTES[benchmark]}")
+            both = [pair for pair in zip(rows, cases) if pair[0]["language"] == language]
+            common = [pair for pair in both if pair[0]["intersection"]]
+            for title, pairs in (("all", both), ("intersection", common)):
+                if pairs:
+                    print("\n" + block(f"{language}, {title}", *zip(*pairs)))
+    else:
+        print("\n" + block("", rows, cases))
+    print(f"\nthe paper's InstructX: {BENCHMARKS[benchmark].note}")
     for file in write_official(rows, replies, cases, args.results):
         print(f"wrote {file}")
 
@@ -703,7 +687,7 @@ def parse(argv):
     parser = Parser(prog="score.py", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = commands.add_parser("rows", help="write rows for edit.py --batch").add_argument
-    add("benchmark", choices=QUESTIONS, help="other: any file with a record per edit")
+    add("benchmark", choices=BENCHMARKS, help="other: any file with a record per edit")
     add("files", nargs="+", type=Path, metavar="FILE", help="as published; for gedit a folder")
     add("-o", "--output", type=Path, required=True, metavar="ROWS", help="the file to write")
     add("--columns", nargs="+", type=name_and_column, default=[], metavar="NAME=COLUMN",
@@ -717,7 +701,8 @@ def parse(argv):
     add("--pixels", nargs=2, type=number(int, 1, 2**31 - 1), metavar=("MIN", "MAX"),
         help="bounds of a picture's area (default: as the judge's files say)")
     add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda if there is one, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 on CUDA, else float32)")
+    help = "(default: bfloat16 on CUDA, else float32)"
+    add("--dtype", choices=("float32", "bfloat16"), help=help)
     add = commands.add_parser("table", help="print means, write the official files").add_argument
     add("rows", type=Path, metavar="ROWS")
     add("results", type=Path, metavar="RESULTS")
