@@ -312,17 +312,20 @@ def judge_folders(folder):
     config = folder / "config.json"
     if config.is_file() and read_json(config).get("model_type") == "qwen2_5_vl":
         return {"mllm": folder}
-    return locate(folder)
+    try:
+        return locate(folder)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no Qwen2.5-VL; nor an editor's weights: {error}") from None
 
 
 def weights_digest(folder):
-    """A digest of a judge: config.json, and name, size and last megabyte of its weights."""
-    pieces = [(folder / "config.json").read_bytes()]
+    """A digest of a judge: its .json files, and the size and last megabyte of its weights."""
+    pieces = [file.read_bytes() for file in sorted(folder.glob("*.json"))]
     for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as stored:
             size = stored.seek(0, os.SEEK_END)
             stored.seek(max(0, size - 2**20))
-            pieces += [file.name.encode(), str(size).encode(), stored.read()]
+            pieces += [str(size).encode(), stored.read()]
     return digest(b"\n".join(pieces))
 
 
@@ -402,20 +405,9 @@ def load_judge(args, folders):
     return Qwen2_5_VL.from_pretrained(*settings, config=folders.get("mllm_config")), processor
 
 
-def record(settings, file):
-    """Writes the settings of a run. Raises ValueError where another run had other ones."""
-    if not file.exists():
-        with whole(file) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    before = read_settings(file)
-    differing = [name for name in settings if before.get(name) != settings[name]]
-    if differing:
-        changes = [f"{name} was {before.get(name)}, is {settings[name]}" for name in differing]
-        raise ValueError(f"{file} is of a run with other settings: {'; '.join(changes)}")
-
-
-def read_settings(file):
-    """The settings that `record` wrote."""
+def read_settings(results):
+    """The settings of a judge's run. Raises ValueError if there was none."""
+    file = results / "judge.json"
     if not file.is_file():
         raise ValueError(f"there is no {file}: run `score.py judge` first")
     try:
@@ -426,17 +418,17 @@ def read_settings(file):
 
 def judge(args):
     """`judge`: asks about every result that has no reply -> how many could not be asked about."""
+    import torch  # here and not at the top, since `rows` and `table` need none
+
     rows = read_rows(args.rows)
-    prompts = read_prompts(args.prompts, rows)
+    benchmark, prompts = BENCHMARKS[rows[0]["benchmark"]], read_prompts(args.prompts, rows)
     if args.pixels and args.pixels[0] > args.pixels[1]:
         raise ValueError("--pixels takes the smaller number first")
     if not args.results.is_dir():
         raise ValueError(f"there is no folder {args.results}")
-    import torch  # here and not at the top: a mistake should be reported at once
-
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    folders, benchmark = judge_folders(args.weights), BENCHMARKS[rows[0]["benchmark"]]
+    folders = judge_folders(args.weights)
     settings = {
         "judge": args.weights.resolve().name,
         "weights": weights_digest(folders["mllm"]),
@@ -447,15 +439,22 @@ def judge(args):
     }
     file = args.results / "replies.jsonl"
     replies, end = read_replies(file)
-    record(settings, args.results / "judge.json")
-    if file.exists():
-        os.truncate(file, end)
+    before = read_settings(args.results) if replies else settings
+    changes = [
+        f"{name} was {before.get(name)}, is {settings[name]}"
+        for name in settings if before.get(name) != settings[name]]
+    if changes:
+        raise ValueError(f"{file} is of a run with other settings: {'; '.join(changes)}")
     pairs = [(row, question) for row in rows for question in benchmark.questions]
     states = [reply_of(*pair, replies, args.results)[0] for pair in pairs]
     todo = [pair for pair, state in zip(pairs, states) if state == "not judged"]
-    failed = 0
     if todo:
         model, processor = load_judge(args, folders)
+        with whole(args.results / "judge.json") as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        with open(file, "ab") as log:
+            log.truncate(end)
+    failed = 0
     for row, question in tqdm(todo, "judged", disable=None):
         output = args.results / row["output"]
         try:
@@ -576,7 +575,7 @@ def mean(values):
 
 
 def means(cases, columns):
-    """[values or None where missing] -> means of the columns, and of the last with zeros for None."""
+    """[values, None where missing] -> means of the columns, and of the last with zeros."""
     there = [case for case in cases if case]
     each = [mean([case[column] for case in there]) for column in range(len(columns))]
     return [*each, mean([case[-1] if case else 0.0 for case in cases])]
@@ -640,7 +639,7 @@ def write_official(rows, replies, cases, results):
 
 def table(args):
     """`table`: prints the means and writes the official files."""
-    rows, settings = read_rows(args.rows), read_settings(args.results / "judge.json")
+    rows, settings = read_rows(args.rows), read_settings(args.results)
     if settings.get("rows") != digest(args.rows.read_bytes()):
         raise ValueError(f"{args.results} was judged with other rows than {args.rows}")
     benchmark, states = rows[0]["benchmark"], Counter()

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import statistics
 import sys
 
@@ -393,11 +394,23 @@ def test_prompts_that_do_not_fit_are_refused(prompts, message, imgedit, ask, cap
     assert not (results / "judge.json").exists()
 
 
-def test_what_is_no_judge_is_named(imgedit, capsys, tiny_weights):
-    """A folder without Qwen2.5-VL, results that are nowhere, or pixels in the wrong order."""
+def test_what_is_no_judge_is_named(imgedit, ask, capsys, tiny_weights):
+    """A folder without Qwen2.5-VL, results that are nowhere, or pixels in the wrong order.
+
+    A mistake leaves no settings behind, which would refuse the next try.
+    """
     rows, results = imgedit
+    folder = rows.parent / "broken"
+    shutil.copytree(tiny_weights / "mllm", folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    command = "judge", rows, results, "--weights", folder, "--prompts"
+    assert "damaged" in fails(capsys, *command, rows.parent / "bench/judge_prompt.json")
+    assert ask(rows, results, rows.parent / "bench/judge_prompt.json") == 0
+    shutil.rmtree(results)
+    results.mkdir()
     common = "--prompts", rows.parent / "bench/judge_prompt.json", "--weights"
-    assert "mllm" in fails(capsys, "judge", rows, results, *common, rows.parent)
+    message = fails(capsys, "judge", rows, results, *common, rows.parent / "bench")
+    assert "bench is no Qwen2.5-VL" in message
     assert "no folder" in fails(capsys, "judge", rows, rows.parent / "no", *common, tiny_weights)
     more = "--pixels", 9, 8
     assert "smaller" in fails(capsys, "judge", rows, results, *common, tiny_weights, *more)
