@@ -151,13 +151,14 @@ def file_rows(path, benchmark, columns):
             aliases = [columns[name].lower()] if name in columns else aliases
             found = [record[alias] for alias in aliases if record.get(alias) not in (None, "")]
             row[name] = found[0] if found else None
-        for name in ("source", "instruction"):
-            if not isinstance(row[name], str):
+        references = row["references"] or []
+        references = references if isinstance(references, list) else [references]
+        texts = [("source", row["source"]), ("instruction", row["instruction"])]
+        for name, text in [*texts, *(("references", one) for one in references)]:
+            if not isinstance(text, str):
                 raise ValueError(
                     f"{path}, record {index + 1} has no text for {name}; its columns are "
                     f"{', '.join(record)}; --columns {name}=COLUMN names one")
-        references = row["references"] or []
-        references = [references] if isinstance(references, str) else references
         key = str(f"{index:04d}" if row["key"] is None else row["key"])
         suffix = ".png" if benchmark == "imgedit" else result_suffix(row["source"])
         yield {
@@ -253,7 +254,8 @@ def read_rows(path):
     """The rows of a file that `rows` wrote, with whole paths of their media. Raises ValueError."""
     rows = read_records(path)
     for index, row in enumerate(rows, 1):
-        texts = [row.get(name) for name in ("source", "instruction", "output", "key", "kind")]
+        names = ["source", "instruction", "output", "key", "kind"]
+        texts = [row.get(name) for name in names + ["language"] * (row.get("benchmark") == "gedit")]
         if row.get("benchmark") not in BENCHMARKS or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"{path}, row {index} was not written by `score.py rows`")
         row["source"] = path.parent / row["source"]
@@ -330,14 +332,17 @@ def weights_digest(folder):
 
 
 def read_replies(path):
-    """({(output, question): line}, bytes of whole lines); the last one may be half written."""
+    """{(output, question): (reply, digest of the result)}, and the bytes of its whole lines.
+
+    The last line may be half written.
+    """
     data = path.read_bytes() if path.exists() else b""
     end = data.rfind(b"\n") + 1
     replies = {}
     try:
         for line in data[:end].splitlines():
             line = json.loads(line)
-            replies[line["output"], line["question"]] = line
+            replies[line["output"], line["question"]] = line["reply"], line["result"]
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} was not written by `score.py judge`") from None
     return replies, end
@@ -348,10 +353,8 @@ def reply_of(row, question, replies, results):
     file = results / row["output"]
     if not file.is_file():
         return "no result", ""
-    line = replies.get((row["output"], question))
-    if line is None or line["result"] != digest(file.read_bytes()):
-        return "not judged", ""
-    return "", line["reply"]
+    reply, judged = replies.get((row["output"], question), ("", ""))
+    return ("", reply) if judged == digest(file.read_bytes()) else ("not judged", "")
 
 
 def shown(media):
@@ -483,8 +486,8 @@ def judge(args):
 def as_number(value, top):
     """A number, or a text such as "4", "**4**", "4/5" or "4." -> float; None for anything else."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?\.?", str(value).strip(" *_`"))
+        return float(value) if abs(value) < 1e9 else None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:\s*/\s*(\d{1,3}))?\.?", str(value).strip(" *_`"))
     return float(match[1]) if match and int(match[2] or top) == top else None
 
 
@@ -501,14 +504,14 @@ def leaves(content, name=""):
 
 
 def json_values(reply):
-    """The JSON objects in a reply, or the list that it is."""
+    """[leaves] of each JSON object in a reply, or of the list that it is."""
     decoder, start, found = json.JSONDecoder(strict=False), 0, []
     if reply.strip().startswith("["):
         reply = f'{{"score": {reply.strip()}}}'
     while (start := reply.find("{", start)) >= 0:
         try:
             content, start = decoder.raw_decode(reply, start)
-            found.append(content)
+            found.append(list(leaves(content)))
         except (ValueError, RecursionError):
             start += 1
     return found
@@ -516,7 +519,7 @@ def json_values(reply):
 
 def named_numbers(reply, top):
     """[(name in lower case, number or None)] of a reply: of its JSON, else of lines `Name: N`."""
-    contents = [[(k.lower(), as_number(v, top)) for k, v in leaves(c)] for c in json_values(reply)]
+    contents = [[(k.lower(), as_number(v, top)) for k, v in c] for c in json_values(reply)]
     contents = [c for c in contents if any(value is not None for _, value in c)]
     if contents:
         return contents[0] if all(c == contents[0] for c in contents) else []

@@ -222,7 +222,8 @@ def test_columns_with_other_names(tmp_path, capsys):
     ('[{"source": "a.png", "prompt": "x", "key": "../k"}]', "cannot be named"),
     ('[{"source": "a.png", "prompt": "x", "key": "k"}, '
      '{"source": "a.png", "prompt": "y", "key": "k"}]', "rows 1 and 2 would both become k.png"),
-    ('[{"source": "a.png", "prompt": null}]', "no text for instruction")])
+    ('[{"source": "a.png", "prompt": null}]', "no text for instruction"),
+    ('[{"source": "a.png", "prompt": "x", "references": [null]}]', "no text for references")])
 def test_files_without_rows(text, message, tmp_path, capsys):
     """One line, and no file that a batch would take for the whole benchmark."""
     picture(tmp_path / "a.png")
@@ -447,7 +448,9 @@ def test_scores_of_imgedit(reply, expected):
     ('{"score": []}', None), ('{"score": [8, 11]}', None), ('{"score": [8, "bad"]}', None),
     ('{"score": [8, NaN]}', None), ('{"score": [8, -1]}', None), ('{"rating": [8, 6]}', None),
     ('{"score": [8, 6', None), ("8 and 6", None), ("", None), ("[" * 5000, None),
-    ('{"a":' * 5000, None)])
+    ('{"a":' * 5000, None), ('{"score": [8, 1' + "0" * 400 + "]}", None),
+    ('{"score": [8, "6/' + "1" * 5000 + '"]}', None),
+    ('{"score": ' + "[" * 900 + "8" + "]" * 900 + "}", 8)])
 def test_scores_of_gedit(reply, expected):
     """The least of the list; the official scorer draws a random number where this says missing."""
     row = {"benchmark": "gedit", "references": []}
