@@ -831,40 +831,67 @@ class Processor:
         """
         if image is not None and video is not None:
             raise ValueError("the source is an image or a video, not both")
-        system = CHAT_PROMPT if system is None else system
-        if not isinstance(instruction, str) or not isinstance(system, str):
-            raise ValueError("instruction and system prompt must be strings")
-        inputs, source_ids, reference_ids = {}, [], []
+        if not isinstance(instruction, str):
+            raise ValueError("the instruction must be a string")
+        source = []
         if video is not None:
             frames = [to_pil(frame) for frame in self.check_video(video, fps)]
             for resize, *bounds in frame_resizes:
                 size = smart_resize(frames[0].height, frames[0].width, *bounds)
                 frames = [RESIZERS[resize](frame, *size) for frame in frames]
-            patches, grid = self.patches(frames, frame_pixels or self.max_pixels)
-            inputs["pixel_values_videos"] = patches
-            inputs["video_grid_thw"] = torch.tensor([grid])
-            inputs["second_per_grid_ts"] = torch.tensor([self.temporal_patch_size / fps])
-            source_ids = self.vision_ids("<|video_pad|>", grid)
-        pictures = []  # (patches, grid)
-        if image is not None:
-            pictures.append(self.patches([to_pil(image)], self.max_pixels))
-            source_ids = self.vision_ids("<|image_pad|>", pictures[0][1])
-        for reference in references:
-            bound = reference_pixels or self.max_pixels
-            pictures.append(self.patches([to_pil(reference)], bound))
-            reference_ids += self.vision_ids("<|image_pad|>", pictures[-1][1])
+            source = [self.cut(frames, frame_pixels, clip=True)]
+        elif image is not None:
+            source = [self.cut([to_pil(image)])]
+        shown = [self.cut([to_pil(picture)], reference_pixels) for picture in references]
+        if source_first:
+            return self.chat([*source, instruction, *shown], system, fps, open_turn=True)
+        return self.chat([instruction, *source, *shown], system, fps)
+
+    def chat(self, parts, system=None, fps=2.0, open_turn=False):
+        """One prompt: system prompt, and a user's turn of any parts in any order.
+
+        Args:
+            parts: each a text, a picture as for `__call__`, a clip, uint8 (T, H, W, 3), or what
+                `cut` returns.
+            system: the system prompt; None: that of the chat template.
+            fps: frames per second of every clip.
+            open_turn: the user's turn stays open.
+
+        Returns a dict of CPU tensors for Qwen2_5_VL.forward, batch 1. Raises ValueError.
+        """
+        system = CHAT_PROMPT if system is None else system
+        if not isinstance(system, str):
+            raise ValueError("the system prompt must be a string")
+        start, end = [self.ids["<|im_start|>"]], self.turn_end()
+        ids, text = start + self.encode("system\n" + system) + end + start, "user\n"
+        clips, pictures = [], []  # (patches, grid) of each
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+                continue
+            if not isinstance(part, tuple):
+                clip = not isinstance(part, Image.Image) and np.ndim(part) == 4
+                frames = self.check_video(part, fps) if clip else [part]
+                part = self.cut(map(to_pil, frames), clip=clip)
+            pad, patches, grid = part
+            (clips if pad == "<|video_pad|>" else pictures).append((patches, grid))
+            ids += self.encode(text) + self.vision_ids(pad, grid)
+            text = ""
+        ids += self.encode(text) + ([] if open_turn else end + start + self.encode("assistant\n"))
+        inputs = {"input_ids": torch.tensor([ids])}
+        if clips:
+            inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in clips])
+            inputs["video_grid_thw"] = torch.tensor([grid for _, grid in clips])
+            inputs["second_per_grid_ts"] = torch.full((len(clips),), self.temporal_patch_size / fps)
         if pictures:
             inputs["pixel_values"] = torch.cat([patches for patches, _ in pictures])
             inputs["image_grid_thw"] = torch.tensor([grid for _, grid in pictures])
-        start, end = [self.ids["<|im_start|>"]], self.turn_end()
-        ids = start + self.encode("system\n" + system) + end
-        if source_first:
-            ids += start + self.encode("user\n") + source_ids
-            ids += self.encode(instruction) + reference_ids
-        else:
-            ids += start + self.encode("user\n" + instruction) + source_ids + reference_ids
-            ids += end + start + self.encode("assistant\n")
-        return {"input_ids": torch.tensor([ids]), **inputs}
+        return inputs
+
+    def cut(self, frames, max_pixels=None, clip=False):
+        """PIL images of a picture or a clip -> (pad token, patches, grid), a part of `chat`."""
+        pad = "<|video_pad|>" if clip else "<|image_pad|>"
+        return pad, *self.patches(list(frames), max_pixels or self.max_pixels)
 
     def turn_end(self):
         """Token ids that end a turn."""

@@ -856,6 +856,49 @@ def test_processor_equals_the_release(name, processor):
         assert inputs[key].dtype == expected_dtype, key
 
 
+CHATS = {
+    "pictures first": [noise(50, 70, 3), noise(33, 90, 3, seed=1), "Which is better?"],
+    "words between": ["one ", noise(300, 210, 3), "\ntwo: ", "it's", noise(17, 20, 3), " Score:"],
+    "two clips": ["add a dog ", noise(5, 40, 60, 3), noise(4, 48, 32, 3, seed=1)],
+    "picture between clips": [noise(3, 40, 60, 3), noise(40, 40, 3), noise(2, 32, 48, 3), ""],
+}
+
+
+@pytest.mark.parametrize("system", [None, "You are a judge."])
+@pytest.mark.parametrize("name", CHATS)
+def test_chat_equals_the_release(name, system, processor):
+    """A judge that sees the result where it expects the source scores the wrong one."""
+    parts, hf = CHATS[name], official(processor)
+    kinds = ["text" if isinstance(part, str) else "video" if part.ndim == 4 else "image"
+             for part in parts]
+    content = [{"type": kind, "text": part} if kind == "text" else {"type": kind}
+               for kind, part in zip(kinds, parts)]
+    messages = [{"role": "user", "content": content}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    text = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images = [Image.fromarray(part) for kind, part in zip(kinds, parts) if kind == "image"]
+    videos = [[Image.fromarray(frame) for frame in part]
+              for kind, part in zip(kinds, parts) if kind == "video"]
+    expected = hf(text=[text], images=images or None, videos=videos or None, fps=3.0,
+                  return_tensors="pt")
+    expected.pop("attention_mask")
+    inputs = processor.chat(parts, system, fps=3.0)
+    assert inputs.keys() == expected.keys()
+    for key, value in expected.items():
+        value = torch.as_tensor(value)
+        assert torch.equal(inputs[key].to(value.dtype), value), key
+
+
+def test_chat_refuses_bad_parts(processor):
+    """A path, or a float picture, must not be asked about as if it were seen."""
+    for part in (None, noise(40, 60), noise(2, 40, 60, 4), noise(40, 60, 3) / 255, Path("a.png")):
+        with pytest.raises(ValueError):
+            processor.chat(["Which is better?", part])
+    with pytest.raises(ValueError, match="fps"):
+        processor.chat([noise(2, 40, 60, 3)], fps=0)
+
+
 def test_released_settings_equal_the_release():
     """14 px patches, 3,136 to 12,845,056 pixels: the defaults are those of the hub's file."""
     hf = pytest.importorskip("transformers")

@@ -70,7 +70,8 @@ def test_commands_of_the_readme_have_such_options():
         used = {word for word in words if word.startswith("-")}
         if script == "tests/full_size.py":  # hands what it does not know to edit.py
             used -= options("edit.py")
-        command = words[:1] if script == "weights/shapes/world.py" else []
+        with_commands = "weights/shapes/world.py", "tests/score.py"
+        command = words[:1] if script in with_commands else []
         assert used <= options(script, *command), f"{script} {used}"
         for word in words:
             assert not word.startswith("weights/shapes") or (TOP / word).exists(), word
