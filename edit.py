@@ -158,7 +158,7 @@ def read_frames(path, limit=None, size=None, kept=None):
     """
     path = Path(path)
     if path.is_dir():
-        return read_folder(path, limit, size)
+        return read_folder(path, limit, size, kept)
     with open_image(path) as image:
         if image is None:
             return read_clip(path, limit, size, kept)
@@ -169,6 +169,10 @@ def read_frames(path, limit=None, size=None, kept=None):
 
 def each_frame(path, size=None):
     """Yields the frames of a clip, uint8 (H, W, 3), one by one. Arguments and errors as above."""
+    if path.is_dir():
+        for file in frame_files(path):
+            yield read_frames(file, 1, size).frames[0]
+        return
     with open_image(path) as image:
         if image is None:
             with open_clip(path) as (container, track):
@@ -197,7 +201,9 @@ def media_shape(path):
 
 
 def holds_clip(path):
-    """Whether `read_frames` takes a file for a clip, by its headers. Raises the same errors."""
+    """Whether `read_frames` takes a path for a clip, by headers. Raises the same errors."""
+    if path.is_dir():
+        return bool(frame_files(path))
     with open_image(path) as image:
         if image is None:
             with open_clip(path):
@@ -257,13 +263,14 @@ def frame_files(path):
     return sorted(files, key=by_numbers)
 
 
-def read_folder(path, limit, size):
+def read_folder(path, limit, size, kept):
     """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
     files = frame_files(path)
-    if len({media_shape(file)[1:] for file in files[:limit]}) != 1:
+    total, files = len(files), files[:limit]
+    if len({media_shape(file)[1:] for file in files}) != 1:
         raise MediaError(f"{path} is not a folder of images of one size")
-    frames = [read_frames(file, 1, size).frames[0] for file in files[:limit]]
-    return Media(path, np.stack(frames), len(frames), fps=Fraction(16), total=len(files))
+    frames = [read_frames(file, 1, size).frames[0] for file in files[:kept]]
+    return Media(path, np.stack(frames), len(files), fps=Fraction(16), total=total)
 
 
 def read_image(path, image, size):
@@ -1254,8 +1261,10 @@ def name_outputs(args, inputs):
     output = args.output
     if not output:
         usual = ".mp4" if is_clip else ".png"
-        suffix = args.input.suffix if args.input.suffix.lower() in options else usual
-        named = f"{args.input.stem}{suffix}", f"{args.input.stem}-edited{suffix}"
+        keeps = args.input.suffix.lower() in options and args.input.is_file()
+        suffix = args.input.suffix if keeps else usual
+        stem = args.input.stem if args.input.is_file() else args.input.name
+        named = f"{stem}{suffix}", f"{stem}-edited{suffix}"
         output = args.folder / named[0] if args.folder else args.input.with_name(named[1])
     outputs = [output]
     if args.compare:

@@ -753,6 +753,27 @@ def test_bad_rows_are_named(negative, rows, tmp_path, row, said, capsys):
     assert {*contents(tmp_path)} - {*before} == {"out/settings.json", "out/0.png"}
 
 
+def test_a_row_of_training_data(negative, clip, tmp_path, capsys):
+    """Clips as folders of frames, which train.py reads; they have no name with an extension."""
+    frames = read_frames(clip).frames
+    (tmp_path / "clip.v2").mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "clip.v2" / f"{i}.png")
+    row = {"source": "clip.v2", "target": "missing", "instruction": "x"}
+    rows = write_rows(tmp_path / "rows.jsonl", row)
+    command = ("--batch", rows, "-o", tmp_path / "out", "--weights", tmp_path)
+    code, out, _ = run(capsys, *command)
+    assert code == 0 and out == [str(tmp_path / "out" / "clip.v2.mp4")]
+    result = read_frames(out[0])
+    assert result.fps == 16 and difference(result.frames, 255 - frames) < 6
+    model = Windows()
+    model.calls, model.level = [], -1
+    edit.load = lambda args: (model, "cpu")  # the fixture puts the real one back
+    command = (*command[:3], tmp_path / "long", *command[4:], "--frames", 9, "--overlap", 1)
+    code, out, _ = run(capsys, *command)
+    assert code == 0 and [len(frames) for frames, _ in model.calls] == [9, 6]
+
+
 def test_no_input_of_any_row_is_lost_or_taken_for_a_result(negative, rows, tmp_path, capsys):
     """Results beside their sources would be the sources, all there already."""
     before = contents(tmp_path)
