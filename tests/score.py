@@ -48,14 +48,23 @@ ALIASES = {
 }
 IMGEDIT_COLUMNS = {"source": "id", "instruction": "prompt", "kind": "edit_type", "key": "key"}
 GEDIT_COLUMNS = (
-    "task_type", "key", "instruction", "instruction_language", "input_image", "Intersection_exist")
+    "task_type",
+    "key",
+    "instruction",
+    "instruction_language",
+    "input_image",
+    "Intersection_exist",
+)
 STILL_SUFFIXES = (".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
 JUDGE_FPS, FEWEST_FRAMES = 2.0, 4  # what a judge sees of a clip, as in Qwen's own pipeline
-GEDIT_CONTEXT, GEDIT_RULES = "_context_no_delimit", {  # constants of vie_prompts.py
-    "SC": ("_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC"),
-    "PQ": ("_prompts_0shot_rule_PQ",),
-}
+GEDIT_CONTEXT, GEDIT_RULES = (
+    "_context_no_delimit",
+    {  # constants of vie_prompts.py
+        "SC": ("_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC"),
+        "PQ": ("_prompts_0shot_rule_PQ",),
+    },
+)
 VIE_METRICS = {"follow": "follow", "preserv": "preserv.", "quality": "quality", "similar": "simil."}
 VIE_COLUMNS = (*VIE_METRICS.values(), "Avg")
 
@@ -74,36 +83,62 @@ class Benchmark:
 
 BENCHMARKS = {
     "imgedit": Benchmark(
-        (1, 5), ("mean",), {
-            "adjust": "3.56", "remove": "3.92", "replace": "4.03", "add": "3.70", "style": "4.45",
-            "compose": "3.27", "background": "3.63", "action": "4.24"},
+        (1, 5),
+        ("mean",),
+        {
+            "adjust": "3.56",
+            "remove": "3.92",
+            "replace": "4.03",
+            "add": "3.70",
+            "style": "4.45",
+            "compose": "3.27",
+            "background": "3.63",
+            "action": "4.24",
+        },
         "Table 2, judged by GPT-4.1 as its section 4.2 says, by Qwen2.5-VL-72B as its caption says",
-        max_tokens=2048),
+        max_tokens=2048,
+    ),
     "gedit": Benchmark(
-        (0, 10), ("Q_SC", "Q_PQ", "Q_O"), {},
+        (0, 10),
+        ("Q_SC", "Q_PQ", "Q_O"),
+        {},
         "7.47 7.22 6.68, Table 1, judged by Qwen2.5-VL-72B; language and set are not stated",
-        questions=("SC", "PQ"), max_tokens=512),
+        questions=("SC", "PQ"),
+        max_tokens=512,
+    ),
     "vie": Benchmark(
-        (1, 10), VIE_COLUMNS, {
+        (1, 10),
+        VIE_COLUMNS,
+        {
             "Add": "8.446 8.683 7.919 - 8.349 (30)",
             "Swap/Change": "9.514 9.171 8.533 - 9.072 (35)",
             "Remove": "8.627 8.668 7.672 - 8.322 (30)",
             "Style/Tone": "9.650 9.099 8.839 - 9.196 (15)",
             "Hybrid": "9.448 8.862 8.411 - 8.907 (10)",
             "Ref Swap": "9.210 9.201 8.221 9.190 8.955 (10)",
-            "Ref Add": "9.491 9.252 8.375 9.511 9.157 (10)"},
-        "Table 3, with the number of cases, judged by GPT-4o"),
+            "Ref Add": "9.491 9.252 8.375 9.511 9.157 (10)",
+        },
+        "Table 3, with the number of cases, judged by GPT-4o",
+    ),
     "other": Benchmark((1, 10), VIE_COLUMNS, {}, "none"),
 }
 IMGEDIT_PAPER_MEAN = "3.85"  # of its eight kinds, without extract
 VIE_KINDS = {  # rows of Table 3: words in the names of their kinds
-    "Hybrid": ("hybrid",), "Add": ("add",), "Remove": ("remov",),
+    "Hybrid": ("hybrid",),
+    "Add": ("add",),
+    "Remove": ("remov",),
     "Style/Tone": ("style", "tone", "weather"),
     "Swap/Change": ("swap", "change", "color", "replace"),
 }
 GEDIT_CSV = (
-    "source_image", "edited_image", "instruction", "sementics_score", "quality_score",
-    "intersection_exist", "instruction_language")
+    "source_image",
+    "edited_image",
+    "instruction",
+    "sementics_score",
+    "quality_score",
+    "intersection_exist",
+    "instruction_language",
+)
 
 
 # Rows: from a published file to what edit.py edits.
@@ -158,14 +193,19 @@ def file_rows(path, benchmark, columns):
             if not isinstance(text, str):
                 raise ValueError(
                     f"{path}, record {index + 1} has no text for {name}; its columns are "
-                    f"{', '.join(record)}; --columns {name}=COLUMN names one")
+                    f"{', '.join(record)}; --columns {name}=COLUMN names one"
+                )
         key = str(f"{index:04d}" if row["key"] is None else row["key"])
         suffix = ".png" if benchmark == "imgedit" else result_suffix(row["source"])
         yield {
-            "benchmark": benchmark, "key": key, "kind": str(row["kind"] or "all"),
-            "source": path.parent / row["source"], "instruction": row["instruction"],
+            "benchmark": benchmark,
+            "key": key,
+            "kind": str(row["kind"] or "all"),
+            "source": path.parent / row["source"],
+            "instruction": row["instruction"],
             "references": [path.parent / name for name in references],
-            "output": inside(key + suffix)}
+            "output": inside(key + suffix),
+        }
 
 
 def gedit_rows(path, folder):
@@ -200,9 +240,16 @@ def gedit_row(item, path, folder):
     except (TypeError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: the image of {key} cannot be read ({error})") from None
     return {
-        "benchmark": "gedit", "key": key, "kind": group, "source": source,
-        "instruction": item["instruction"], "references": [], "output": f"{name}.png",
-        "language": language, "intersection": bool(item["Intersection_exist"])}
+        "benchmark": "gedit",
+        "key": key,
+        "kind": group,
+        "source": source,
+        "instruction": item["instruction"],
+        "references": [],
+        "output": f"{name}.png",
+        "language": language,
+        "intersection": bool(item["Intersection_exist"]),
+    }
 
 
 def write_rows(args):
@@ -445,7 +492,9 @@ def judge(args):
     before = read_settings(args.results) if replies else settings
     changes = [
         f"{name} was {before.get(name)}, is {settings[name]}"
-        for name in settings if before.get(name) != settings[name]]
+        for name in settings
+        if before.get(name) != settings[name]
+    ]
     if changes:
         raise ValueError(f"{file} is of a run with other settings: {'; '.join(changes)}")
     pairs = [(row, question) for row in rows for question in benchmark.questions]
@@ -475,8 +524,10 @@ def judge(args):
         with open(file, "a", encoding="utf-8", newline="\n") as log:
             log.write(json.dumps(line, ensure_ascii=False) + "\n")
     there = len(pairs) - states.count("no result") - failed
-    print(f"{there} of {len(pairs)} replies, {states.count('no result')} without a result, "
-          f"{failed} failed")
+    print(
+        f"{there} of {len(pairs)} replies, {states.count('no result')} without a result, "
+        f"{failed} failed"
+    )
     return failed
 
 
@@ -660,7 +711,8 @@ def table(args):
     print(
         f"{benchmark}: scored with judge {settings['judge']} ({settings['weights'][:8]}), "
         f"prompts {prompts}, {len(rows) - states['']} of {len(rows)} missing ({reasons}); "
-        "not comparable with tables made by another judge")
+        "not comparable with tables made by another judge"
+    )
     if benchmark == "gedit":
         for language in sorted({row["language"] for row in rows}):
             both = [pair for pair in zip(rows, cases) if pair[0]["language"] == language]
@@ -692,16 +744,33 @@ def parse(argv):
     add("benchmark", choices=BENCHMARKS, help="other: any file with a record per edit")
     add("files", nargs="+", type=Path, metavar="FILE", help="as published; for gedit a folder")
     add("-o", "--output", type=Path, required=True, metavar="ROWS", help="the file to write")
-    add("--columns", nargs="+", type=name_and_column, default=[], metavar="NAME=COLUMN",
-        help=f"where a column has another name; NAME: {', '.join(ALIASES)}")
+    add(
+        "--columns",
+        nargs="+",
+        type=name_and_column,
+        default=[],
+        metavar="NAME=COLUMN",
+        help=f"where a column has another name; NAME: {', '.join(ALIASES)}",
+    )
     add = commands.add_parser("judge", help="ask a Qwen2.5-VL about every result").add_argument
     add("rows", type=Path, metavar="ROWS")
     add("results", type=Path, metavar="RESULTS", help="the folder that edit.py --batch wrote")
-    add("--prompts", nargs="+", type=Path, required=True, metavar="FILE",
-        help="the judge's prompts: .json, .py or text; a second text for rows with references")
+    add(
+        "--prompts",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the judge's prompts: .json, .py or text; a second text for rows with references",
+    )
     add("--weights", type=Path, required=True, metavar="DIR", help="a Qwen2.5-VL")
-    add("--pixels", nargs=2, type=number(int, 1, 2**31 - 1), metavar=("MIN", "MAX"),
-        help="bounds of a picture's area (default: as the judge's files say)")
+    add(
+        "--pixels",
+        nargs=2,
+        type=number(int, 1, 2**31 - 1),
+        metavar=("MIN", "MAX"),
+        help="bounds of a picture's area (default: as the judge's files say)",
+    )
     add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda if there is one, else cpu)")
     help = "(default: bfloat16 on CUDA, else float32)"
     add("--dtype", choices=("float32", "bfloat16"), help=help)

@@ -19,7 +19,8 @@ IMGEDIT = {
     "1082": {"id": "animal/1.jpg", "prompt": "Smooth the shell.", "edit_type": "adjust"},
     "22": {"id": "animal/1.jpg", "prompt": "Add a hat.", "edit_type": "add"},
     "23": {"id": "human/2.jpg", "prompt": "Add \u2028 a 帽子.", "edit_type": "add"},
-    "7": {"id": "human/2.jpg", "prompt": "Take the man out.", "edit_type": "extract"}}
+    "7": {"id": "human/2.jpg", "prompt": "Take the man out.", "edit_type": "extract"},
+}
 IMGEDIT_PROMPTS = {kind: f"Rate {kind}: <edit_prompt>" for kind in ("adjust", "add", "extract")}
 VIE_PROMPTS = '''import nowhere
 raise SystemExit("this file is data")
@@ -135,10 +136,17 @@ def gedit_file(path, cases):
     items = []
     for seed, (group, key, language, common) in enumerate(cases):
         image = {"bytes": picture(path.parent / "one.png", seed).read_bytes(), "path": None}
-        items.append({
-            "task_type": group, "key": key, "instruction": f"{language} {key}",
-            "instruction_language": language, "input_image": image, "input_image_raw": image,
-            "Intersection_exist": common})
+        items.append(
+            {
+                "task_type": group,
+                "key": key,
+                "instruction": f"{language} {key}",
+                "instruction_language": language,
+                "input_image": image,
+                "input_image_raw": image,
+                "Intersection_exist": common,
+            }
+        )
     batch = pyarrow.RecordBatch.from_pylist(items)
     path.parent.mkdir(parents=True, exist_ok=True)
     with pyarrow.OSFile(str(path), "wb") as file:
@@ -149,8 +157,11 @@ def gedit_file(path, cases):
 
 def test_gedit_rows_have_the_official_names(tmp_path, capsys):
     """test_gedit_score.py skips without a word what does not lie at exactly these names."""
-    cases = [("tone_transfer", "k", "en", True), ("tone_transfer", "k", "cn", False),
-             ("subject-add", "m", "en", False)]
+    cases = [
+        ("tone_transfer", "k", "en", True),
+        ("tone_transfer", "k", "cn", False),
+        ("subject-add", "m", "en", False),
+    ]
     gedit_file(tmp_path / "hub/data/a.arrow", cases)
     rows = tmp_path / "runs/gedit.jsonl"
     assert run("rows", "gedit", tmp_path / "hub", "-o", rows) == 0
@@ -181,14 +192,33 @@ def test_gedit_without_pyarrow_names_it(tmp_path, capsys, monkeypatch):
     assert "pip install pyarrow" in message
 
 
-@pytest.mark.parametrize("name, text, keys", [
-    ("a.json", '[{"src_video": "a.mp4", "prompt": "x", "edit_type": "add", "ref_img": "r.png"}]',
-     ["0000"]),
-    ("a.json", '{"k1": {"video": "a.mp4", "instruction": "x", "references": ["r.png"]}}', ["k1"]),
-    ("a.jsonl", '{"source": "a.mp4", "text": "x", "key": 3, "reference": "r.png"}\n\n'
-     '{"source": "b.jpg", "text": "y \u2028 z", "key": 4}\n', ["3", "4"]),
-    ("a.csv", '\ufeffOriginal_Video,Prompt,task,ref_image,name\na.mp4,"x, y",add,r.png,k\n'
-     'b.jpg,"two\nlines",add,,m\n', ["k", "m"])])
+@pytest.mark.parametrize(
+    "name, text, keys",
+    [
+        (
+            "a.json",
+            '[{"src_video": "a.mp4", "prompt": "x", "edit_type": "add", "ref_img": "r.png"}]',
+            ["0000"],
+        ),
+        (
+            "a.json",
+            '{"k1": {"video": "a.mp4", "instruction": "x", "references": ["r.png"]}}',
+            ["k1"],
+        ),
+        (
+            "a.jsonl",
+            '{"source": "a.mp4", "text": "x", "key": 3, "reference": "r.png"}\n\n'
+            '{"source": "b.jpg", "text": "y \u2028 z", "key": 4}\n',
+            ["3", "4"],
+        ),
+        (
+            "a.csv",
+            '\ufeffOriginal_Video,Prompt,task,ref_image,name\na.mp4,"x, y",add,r.png,k\n'
+            'b.jpg,"two\nlines",add,,m\n',
+            ["k", "m"],
+        ),
+    ],
+)
 def test_other_rows_take_any_usual_file(name, text, keys, tmp_path):
     """VIE-Bench's own format is not established; a column that is missed is a case that is lost."""
     clip(tmp_path / "in/a.mp4")
@@ -217,13 +247,22 @@ def test_columns_with_other_names(tmp_path, capsys):
     assert "NAME=COLUMN" in fails(capsys, *command, "--columns", "title=Clip")
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[1]", "no list"), ("{", "neither JSON"), ("", "holds no edits"),
-    ('[{"source": "a.png", "prompt": "x", "key": "../k"}]', "cannot be named"),
-    ('[{"source": "a.png", "prompt": "x", "key": "k"}, '
-     '{"source": "a.png", "prompt": "y", "key": "k"}]', "rows 1 and 2 would both become k.png"),
-    ('[{"source": "a.png", "prompt": null}]', "no text for instruction"),
-    ('[{"source": "a.png", "prompt": "x", "references": [null]}]', "no text for references")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[1]", "no list"),
+        ("{", "neither JSON"),
+        ("", "holds no edits"),
+        ('[{"source": "a.png", "prompt": "x", "key": "../k"}]', "cannot be named"),
+        (
+            '[{"source": "a.png", "prompt": "x", "key": "k"}, '
+            '{"source": "a.png", "prompt": "y", "key": "k"}]',
+            "rows 1 and 2 would both become k.png",
+        ),
+        ('[{"source": "a.png", "prompt": null}]', "no text for instruction"),
+        ('[{"source": "a.png", "prompt": "x", "references": [null]}]', "no text for references"),
+    ],
+)
 def test_files_without_rows(text, message, tmp_path, capsys):
     """One line, and no file that a batch would take for the whole benchmark."""
     picture(tmp_path / "a.png")
@@ -267,7 +306,12 @@ def test_results_that_come_later_or_anew_are_judged(imgedit, ask, capsys):
     picture(results / "1082.png", 8)
     assert ask(rows, results, prompts) == 0
     assert [line["output"] for line in lines_of(file)] == [
-        "1082.png", "23.png", "1082.png", "22.png", "7.png"]
+        "1082.png",
+        "23.png",
+        "1082.png",
+        "22.png",
+        "7.png",
+    ]
 
 
 def test_other_settings_are_refused(imgedit, ask, tiny_weights, capsys):
@@ -331,14 +375,25 @@ def gedit_rows(folder):
     """Rows of three cases as `rows gedit` writes them, without pyarrow."""
     rows = []
     for group, key, language, common in [
-            ("a", "k", "en", True), ("a", "l", "en", False), ("b", "k", "en", False)]:
+        ("a", "k", "en", True),
+        ("a", "l", "en", False),
+        ("b", "k", "en", False),
+    ]:
         name = f"fullset/{group}/{language}/{key}"
         picture(folder / f"{name}_SRCIMG.png")
         picture(folder / f"{name}.png", 1, (16, 16))
-        rows.append({
-            "benchmark": "gedit", "key": key, "kind": group, "source": f"{name}_SRCIMG.png",
-            "instruction": f"do {key}", "output": f"{name}.png", "language": language,
-            "intersection": common})
+        rows.append(
+            {
+                "benchmark": "gedit",
+                "key": key,
+                "kind": group,
+                "source": f"{name}_SRCIMG.png",
+                "instruction": f"do {key}",
+                "output": f"{name}.png",
+                "language": language,
+                "intersection": common,
+            }
+        )
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "gedit.jsonl").write_text(text)
     (folder / "vie_prompts.py").write_text(VIE_PROMPTS)
@@ -383,8 +438,10 @@ def test_clips_are_compared_over_the_frames_of_the_result(tmp_path, recorder, as
     assert fps == 2.0  # 24 frames at 8 a second
 
 
-@pytest.mark.parametrize("prompts, message", [
-    ({"adjust": "a", "add": "b"}, "extract"), ("text", "cannot be read"), ([1], "map names")])
+@pytest.mark.parametrize(
+    "prompts, message",
+    [({"adjust": "a", "add": "b"}, "extract"), ("text", "cannot be read"), ([1], "map names")],
+)
 def test_prompts_that_do_not_fit_are_refused(prompts, message, imgedit, ask, capsys):
     """A kind without its prompt would end the run after hours."""
     rows, results = imgedit
@@ -426,31 +483,60 @@ def test_what_is_no_judge_is_named(imgedit, ask, capsys, tiny_weights):
 LINES = "Brief reasoning: it fits.\nPrompt Compliance: {}\nVisual: {}\nDetail & Integrity: {}"
 
 
-@pytest.mark.parametrize("reply, expected", [
-    (LINES.format(5, 4, 3), 4), (LINES.format("**5**", "4/5", "3."), 4),
-    (LINES.replace("Prompt Compliance:", "- **Prompt Compliance:**").format(2, 2, 2), 2),
-    (LINES.format(5, 4, "3.5"), 12.5 / 3), ('{"a": 5, "b": "4", "c": 3}', 4),
-    (LINES.format(5, 4, ""), None), (LINES.format(5, 4, 6), None), (LINES.format(5, 0, 4), None),
-    (LINES.format(5, "4/10", 3), None), (LINES.format(5, "four", 3), None), ("", None),
-    ("I'd say 5, 4 and 3.", None), (LINES.format(1, 2, 3) + "\nOverall: 4", None),
-    (LINES.format(5, 4, "-3"), None), ('{"a": 5, "b": 4, "c": true}', None)])
+@pytest.mark.parametrize(
+    "reply, expected",
+    [
+        (LINES.format(5, 4, 3), 4),
+        (LINES.format("**5**", "4/5", "3."), 4),
+        (LINES.replace("Prompt Compliance:", "- **Prompt Compliance:**").format(2, 2, 2), 2),
+        (LINES.format(5, 4, "3.5"), 12.5 / 3),
+        ('{"a": 5, "b": "4", "c": 3}', 4),
+        (LINES.format(5, 4, ""), None),
+        (LINES.format(5, 4, 6), None),
+        (LINES.format(5, 0, 4), None),
+        (LINES.format(5, "4/10", 3), None),
+        (LINES.format(5, "four", 3), None),
+        ("", None),
+        ("I'd say 5, 4 and 3.", None),
+        (LINES.format(1, 2, 3) + "\nOverall: 4", None),
+        (LINES.format(5, 4, "-3"), None),
+        ('{"a": 5, "b": 4, "c": true}', None),
+    ],
+)
 def test_scores_of_imgedit(reply, expected):
     """Three numbers from 1 to 5, or the case is missing; a guess would be a score of nothing."""
     row = {"benchmark": "imgedit", "references": []}
     assert score.scores(row, [reply]) == (None if expected is None else [pytest.approx(expected)])
 
 
-@pytest.mark.parametrize("reply, expected", [
-    ('{"score": [8, 6], "reasoning": "7 {or so}"}', 6), ('```json\n{"score" : [9, 7]}\n```', 7),
-    ('Sure: {"score": [8, 6], "reasoning": "line\nbreak"} Bye {', 6), ("[8, 6]", 6),
-    ('{"score": 5}', 5), ('{"score": ["8", "6/10"]}', 6), ('{"score": [0, 10]}', 0),
-    ('{"score": [8, 6]}{"score": [8, 6]}', 6), ('{"score": [8, 6]} {"score": [8, 2]}', None),
-    ('{"score": []}', None), ('{"score": [8, 11]}', None), ('{"score": [8, "bad"]}', None),
-    ('{"score": [8, NaN]}', None), ('{"score": [8, -1]}', None), ('{"rating": [8, 6]}', None),
-    ('{"score": [8, 6', None), ("8 and 6", None), ("", None), ("[" * 5000, None),
-    ('{"a":' * 5000, None), ('{"score": [8, 1' + "0" * 400 + "]}", None),
-    ('{"score": [8, "6/' + "1" * 5000 + '"]}', None),
-    ('{"score": ' + "[" * 900 + "8" + "]" * 900 + "}", 8)])
+@pytest.mark.parametrize(
+    "reply, expected",
+    [
+        ('{"score": [8, 6], "reasoning": "7 {or so}"}', 6),
+        ('```json\n{"score" : [9, 7]}\n```', 7),
+        ('Sure: {"score": [8, 6], "reasoning": "line\nbreak"} Bye {', 6),
+        ("[8, 6]", 6),
+        ('{"score": 5}', 5),
+        ('{"score": ["8", "6/10"]}', 6),
+        ('{"score": [0, 10]}', 0),
+        ('{"score": [8, 6]}{"score": [8, 6]}', 6),
+        ('{"score": [8, 6]} {"score": [8, 2]}', None),
+        ('{"score": []}', None),
+        ('{"score": [8, 11]}', None),
+        ('{"score": [8, "bad"]}', None),
+        ('{"score": [8, NaN]}', None),
+        ('{"score": [8, -1]}', None),
+        ('{"rating": [8, 6]}', None),
+        ('{"score": [8, 6', None),
+        ("8 and 6", None),
+        ("", None),
+        ("[" * 5000, None),
+        ('{"a":' * 5000, None),
+        ('{"score": [8, 1' + "0" * 400 + "]}", None),
+        ('{"score": [8, "6/' + "1" * 5000 + '"]}', None),
+        ('{"score": ' + "[" * 900 + "8" + "]" * 900 + "}", 8),
+    ],
+)
 def test_scores_of_gedit(reply, expected):
     """The least of the list; the official scorer draws a random number where this says missing."""
     row = {"benchmark": "gedit", "references": []}
@@ -460,14 +546,26 @@ def test_scores_of_gedit(reply, expected):
     assert (score.scores(row, [good, reply]) is None) == (expected is None)
 
 
-@pytest.mark.parametrize("references, reply, expected", [
-    (0, '{"instruction": "add 3", "instruct follow score (1-10)": 9, "quality score (1-10)": 7, '
-     '"preservation score (1-10)": 8, "reason": "fine"}', [9, 8, 7, None, 8]),
-    (1, "instruct follow score (1-10): 9\nquality score: 7/10\n**preservation score**: 8\n"
-     "similarity score: 4", [9, 8, 7, 4, 7]),
-    (1, '{"instruct follow score": 9, "quality score": 7, "preservation score": 8}', None),
-    (0, '{"instruct follow score": 9, "quality score": 0, "preservation score": 8}', None),
-    (0, '{"quality": 7, "quality score": 6, "follow": 9, "preservation": 8}', None)])
+@pytest.mark.parametrize(
+    "references, reply, expected",
+    [
+        (
+            0,
+            '{"instruction": "add 3", "instruct follow score (1-10)": 9, "quality score (1-10)": 7, '
+            '"preservation score (1-10)": 8, "reason": "fine"}',
+            [9, 8, 7, None, 8],
+        ),
+        (
+            1,
+            "instruct follow score (1-10): 9\nquality score: 7/10\n**preservation score**: 8\n"
+            "similarity score: 4",
+            [9, 8, 7, 4, 7],
+        ),
+        (1, '{"instruct follow score": 9, "quality score": 7, "preservation score": 8}', None),
+        (0, '{"instruct follow score": 9, "quality score": 0, "preservation score": 8}', None),
+        (0, '{"quality": 7, "quality score": 6, "follow": 9, "preservation": 8}', None),
+    ],
+)
 def test_scores_of_vie(references, reply, expected):
     """Names are matched to the paper's columns, and similarity is asked for with a reference."""
     assert score.scores({"benchmark": "vie", "references": ["r"] * references}, [reply]) == expected
@@ -476,9 +574,16 @@ def test_scores_of_vie(references, reply, expected):
 def test_table_of_imgedit_by_hand(imgedit, capsys):
     """Three overalls go by one name, and only one of them is the paper's."""
     rows, results = imgedit
-    answer(rows, results, {
-        ("1082.png", ""): LINES.format(4, 4, 4), ("22.png", ""): LINES.format(5, 5, 5),
-        ("23.png", ""): "no idea", ("7.png", ""): LINES.format(1, 1, 1)})
+    answer(
+        rows,
+        results,
+        {
+            ("1082.png", ""): LINES.format(4, 4, 4),
+            ("22.png", ""): LINES.format(5, 5, 5),
+            ("23.png", ""): "no idea",
+            ("7.png", ""): LINES.format(1, 1, 1),
+        },
+    )
     cells, first = table(capsys, rows, results)
     assert "judge J (01234567), prompts abcdefgh, 1 of 4 missing" in first
     assert "not comparable with tables made by another judge" in first
@@ -500,9 +605,15 @@ def test_table_of_gedit_by_hand(tmp_path, capsys):
     """O is the mean of roots, not the root of means; groups weigh the same, whatever their size."""
     rows, results = gedit_rows(tmp_path), tmp_path
     given = {"a/en/k": ([9, 8], [4, 2]), "a/en/l": ([4, 4], [9, 9]), "b/en/k": ([1, 5], [1, 1])}
-    answer(rows, results, {
-        (f"fullset/{name}.png", question): json.dumps({"score": values})
-        for name, pair in given.items() for question, values in zip(("SC", "PQ"), pair)})
+    answer(
+        rows,
+        results,
+        {
+            (f"fullset/{name}.png", question): json.dumps({"score": values})
+            for name, pair in given.items()
+            for question, values in zip(("SC", "PQ"), pair)
+        },
+    )
     capsys.readouterr()
     assert run("table", rows, results) == 0
     whole, common = re.split("en, intersection", capsys.readouterr().out)
@@ -523,22 +634,34 @@ def test_table_of_gedit_by_hand(tmp_path, capsys):
 def test_kinds_of_vie_become_rows_of_the_paper(tmp_path, capsys):
     """Seven rows in the paper, nine kinds in its data: a kind in the wrong row changes two rows."""
     names = {
-        "add": "Add", "object swap": "Swap/Change", "color_change": "Swap/Change",
-        "Remove": "Remove", "style change": "Style/Tone", "tone/weather change": "Style/Tone",
-        "hybrid": "Hybrid", "reference add": "Ref Add", "ref_swap": "Ref Swap", "odd": "odd"}
+        "add": "Add",
+        "object swap": "Swap/Change",
+        "color_change": "Swap/Change",
+        "Remove": "Remove",
+        "style change": "Style/Tone",
+        "tone/weather change": "Style/Tone",
+        "hybrid": "Hybrid",
+        "reference add": "Ref Add",
+        "ref_swap": "Ref Swap",
+        "odd": "odd",
+    }
     for kind, expected in names.items():
         row = {"benchmark": "vie", "kind": kind, "references": []}
         assert score.table_kind(row) == expected
     picture(tmp_path / "a.png")
-    (tmp_path / "a.json").write_text(json.dumps(
-        [{"source": "a.png", "prompt": "x", "kind": kind} for kind in ("style", "tone")]))
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"source": "a.png", "prompt": "x", "kind": kind} for kind in ("style", "tone")])
+    )
     rows = tmp_path / "rows.jsonl"
     assert run("rows", "vie", tmp_path / "a.json", "-o", rows) == 0
     for name in ("0000.png", "0001.png"):
         picture(tmp_path / "out" / name)
     reply = "follow: {}\nquality: {}\npreservation: {}"
-    answer(rows, tmp_path / "out", {
-        ("0000.png", ""): reply.format(9, 7, 8), ("0001.png", ""): reply.format(3, 3, 3)})
+    answer(
+        rows,
+        tmp_path / "out",
+        {("0000.png", ""): reply.format(9, 7, 8), ("0001.png", ""): reply.format(3, 3, 3)},
+    )
     cells, _ = table(capsys, rows, tmp_path / "out")
     ours, paper = cells["Style/Tone"][:8], cells["Style/Tone"][8:]
     assert ours == ["2", "0", "6.000", "5.500", "5.000", "-", "5.500", "5.500"]
