@@ -1322,6 +1322,29 @@ def scaled(frame, size):
     return pixels(Image.fromarray(frame), size)[0]
 
 
+@contextlib.contextmanager
+def result_writer(outputs, source):
+    """Gives write(frame, result) for the files of an edit: the result, and both side by side."""
+    shape = source.length, *source.frames.shape[1:]
+    wide = *shape[:2], 2 * shape[2], 3
+    beside = replace(source, alpha=None, profile={})
+    with contextlib.ExitStack() as stack:
+        if source.is_video:
+            writers = [clip_writer(outputs[0], shape, source.fps, source, note)]
+            writers += [clip_writer(path, wide, source.fps, beside) for path in outputs[1:]]
+        else:
+            writers = [image_writer(outputs[0], source, note)]
+            writers += [image_writer(path, beside) for path in outputs[1:]]
+        writers = [stack.enter_context(writer) for writer in writers]
+
+        def write(frame, result):
+            pictures = [result, np.concatenate([frame, result], axis=1)]
+            for writer, picture in zip(writers, pictures):
+                writer(picture)
+
+        yield write
+
+
 def edit(args, outputs, loaded):
     """Makes one edit, of args.input. loaded() -> (model, device), called once all else is fine."""
     source, references = read_inputs(args)
@@ -1332,61 +1355,48 @@ def edit(args, outputs, loaded):
         note(f"{args.input} is edited at {sizes} (see --area)")
         if args.weights == DEFAULT_WEIGHTS:
             note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
-    with contextlib.ExitStack() as stack:
-        beside = replace(source, alpha=None, profile={})  # of source and result side by side
-        shape, wide = (source.length, height, width, 3), (source.length, height, 2 * width, 3)
-        if source.is_video:
-            writers = [clip_writer(outputs[0], shape, source.fps, source, note)]
-            writers += [clip_writer(path, wide, source.fps, beside) for path in outputs[1:]]
-        else:
-            writers = [image_writer(outputs[0], source, note)]
-            writers += [image_writer(path, beside) for path in outputs[1:]]
-        writers = [stack.enter_context(writer) for writer in writers]
-        phases = Phases()
+    pieces = [(source.frames, 0)]
+    if args.overlap and source.is_video:
+        frames = each_frame(args.input, args.size)
+        pieces = windows(frames, source.length, args.frames, args.overlap)
+    phases, done = Phases(), 0
+    with result_writer(outputs, source) as write:
         phases("load", 0, 1)
         model, phases.device = loaded()
         settings = args.steps, args.guidance, args.seed, float(source.fps or 16)
-        earlier = np.empty((0, *size[::-1], 3), np.uint8)  # the result of the window before
-        for originals, shared in windows(args, source):
-            frames = originals
+        for frames, shared in pieces:
+            known = {"start": np.stack(results[-shared:])} if shared else {}
+            results = []  # of this window
+
+            def take(piece):
+                for result in piece:
+                    if len(results) >= shared:
+                        write(frames[len(results)], scaled(result, (width, height)))
+                    results.append(result)
+
+            shown = frames
             if size != (width, height):
-                frames = np.stack([scaled(frame, size) for frame in frames])
-            numbers, pieces = iter(range(len(frames))), []
-
-            def write(piece):
-                if args.overlap:
-                    pieces.append(piece)
-                for frame, i in zip(piece, numbers):
-                    if i >= shared:
-                        frame = scaled(frame, (width, height))
-                        pictures = [frame, np.concatenate([originals[i], frame], axis=1)]
-                        for writer, picture in zip(writers, pictures):
-                            writer(picture)
-
-            known = {"start": earlier[-shared:]} if shared else {}
-            model.edit(frames, args.instruction, references, *settings, phases, write, **known)
-            if args.overlap:
-                earlier = np.concatenate(pieces)
+                shown = np.stack([scaled(frame, size) for frame in frames])
+            model.edit(shown, args.instruction, references, *settings, phases, take, **known)
+            done += len(frames) - shared
+            if done < source.length:
+                note(f"{args.input}: {done} of {source.length} frames are done")
     phases.end()
     if not args.many:
         say(phases.table(), sys.stderr)
 
 
-def windows(args, source):
-    """Yields (frames, how many of them were in the window before) until the end of a clip.
+def windows(frames, total, length, overlap):
+    """Cuts `total` frames into windows of `length`: (array, how many were in the one before).
 
-    The last window is as long as the others, so it shares more.
+    The last window is as long as the others, so it shares more. What is shared is `overlap` or
+    more, and 1 + a multiple of 4.
     """
-    if not (args.overlap and source.is_video):
-        yield source.frames, 0
-        return
-    frames, window, done = each_frame(args.input, args.size), [], 0
-    while done < source.length:
-        shared, left = 0, source.length - done
-        if done:
-            shared = max(args.overlap, (args.frames - left - 1) // 4 * 4 + 1)
-            note(f"{args.input}: {done} of {source.length} frames are done")
-        new = itertools.islice(frames, min(left, args.frames - shared))
+    frames, window, done = iter(frames), [], 0
+    while done < total:
+        left = total - done
+        shared = max(overlap, (length - left - 1) // 4 * 4 + 1) if done else 0
+        new = itertools.islice(frames, min(left, length - shared))
         window = [*window[len(window) - shared :], *new]
         yield np.stack(window), shared
         done += len(window) - shared

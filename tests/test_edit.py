@@ -1234,6 +1234,46 @@ def test_windows_of_other_sizes_and_kinds(negative, photo, clip, tmp_path, capsy
     assert read_frames(tmp_path / "o_compare.mp4").frames.shape == (10, 48, 128, 3)
 
 
+@pytest.mark.slow
+def test_memory_of_many_edits_and_of_long_clips(tmp_path):
+    """A night of edits, or an hour of film, must not end for want of memory."""
+    script = """
+import json, sys, edit
+class Negative:
+    trained = True
+    def edit(self, frames, *arguments, start=None):
+        arguments[-1](255 - frames)
+peaks, read = [], edit.Tally.make
+def make(self, *arguments):
+    peaks.append(edit.peak_memory("cpu"))
+    read(self, *arguments)
+edit.Tally.make = make
+edit.load = lambda args: (Negative(), "cpu")
+try:
+    edit.main(sys.argv[1:])
+except SystemExit as ended:
+    assert ended.code == 0, ended.code
+print(json.dumps(peaks))
+"""
+
+    def peaks(*arguments):
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        ended = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True)
+        return json.loads(ended.stdout.splitlines()[-1])
+
+    Image.fromarray(smooth(400, 600)).save(tmp_path / "a.png")
+    many = [{"source": "a.png", "instruction": "x", "output": f"{i}.png"} for i in range(200)]
+    rows = write_rows(tmp_path / "rows.jsonl", *many)
+    during = peaks("--batch", rows, "-o", tmp_path / "many")
+    assert len(during) == 200 and during[-1] - during[19] < 10e6
+    options = ("--overlap", 5, "--frames", 9, "--area", 360 * 640)
+    highest = []
+    for seconds in (4, 16):
+        clip = film(tmp_path / f"{seconds}.mp4", size="640x360", seconds=seconds)
+        highest += peaks(clip, "x", "-o", f"{tmp_path}/{seconds}/", *options)
+    assert highest[1] - highest[0] < 50e6  # 300 more frames of 0.7 MB
+
+
 def test_frames_that_cannot_be_decoded(negative, tmp_path, capsys):
     """Fewer frames than the file lists: --frames has nothing to do with it."""
     film(tmp_path / "in.flv", "-c:v", "flv", "-f", "flv")
