@@ -639,3 +639,28 @@ def test_user_errors_are_one_line(tmp_path):
         assert "Traceback" not in done.stderr
     with pytest.raises(ValueError, match="train or heldout"):
         sample(0, split="test")
+
+
+def test_joins_are_measured_where_they_are(tiny_weights, monkeypatch, capsys):
+    """A target is without error; a result that jumps at its joins jumps nowhere else."""
+    import joins
+
+    [case] = joins.draw(1)
+    perfect = joins.measure(case, case.target, [9, 17])
+    assert {value for values in perfect.values() for value in values} == {0}
+    late = case.target.copy()
+    late[17:] = 255 - late[17:]
+    rows = joins.measure(case, late, [17])
+    assert len(rows["jump, join"]) == 1 and rows["jump, join"][0] > 10
+    assert max(rows["jump, middle"][:15]) == 0
+    assert rows["inside, join"][0] == 0 < rows["inside, join"][1]
+    monkeypatch.setattr(sys, "argv", ["joins.py", "--count", "1", "--weights", str(tiny_weights)])
+    joins.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
+        "| apart",
+        "| held 1",
+        "| held 5",
+        "| blended",
+    ]
+    assert all(line.count("|") == 9 and "nan" not in line for line in lines)
