@@ -86,12 +86,11 @@ def imgedit(tmp_path):
 @pytest.fixture
 def ask(tiny_weights, monkeypatch):
     """judge() of a tiny judge whose replies are short."""
-    limited = {name: vars(one) | {"max_tokens": 6} for name, one in score.BENCHMARKS.items()}
-    limited = {name: score.Benchmark(**settings) for name, settings in limited.items()}
-    monkeypatch.setattr(score, "BENCHMARKS", limited)
+    for benchmark in score.BENCHMARKS.values():
+        monkeypatch.setattr(type(benchmark), "max_tokens", 6)
 
-    def judge(rows, results, *prompts, weights=tiny_weights, more=()):
-        return run("judge", rows, results, "--prompts", *prompts, "--weights", weights, *more)
+    def judge(rows, results, *prompts, weights=tiny_weights / "mllm"):
+        return run("judge", rows, results, "--prompts", *prompts, "--weights", weights)
 
     return judge
 
@@ -251,7 +250,7 @@ def test_columns_with_other_names(tmp_path, capsys):
     "text, message",
     [
         ("[1]", "no list"),
-        ("{", "neither JSON"),
+        ("{", "no list"),
         ("", "holds no edits"),
         ('[{"source": "a.png", "prompt": "x", "key": "../k"}]', "cannot be named"),
         (
@@ -259,8 +258,8 @@ def test_columns_with_other_names(tmp_path, capsys):
             '{"source": "a.png", "prompt": "y", "key": "k"}]',
             "rows 1 and 2 would both become k.png",
         ),
-        ('[{"source": "a.png", "prompt": null}]', "no text for instruction"),
-        ('[{"source": "a.png", "prompt": "x", "references": [null]}]', "no text for references"),
+        ('[{"source": "a.png", "prompt": null}]', "instruction"),
+        ('[{"source": "a.png", "prompt": "x", "references": [null]}]', "references are no list"),
     ],
 )
 def test_files_without_rows(text, message, tmp_path, capsys):
@@ -316,13 +315,13 @@ def test_results_that_come_later_or_anew_are_judged(imgedit, ask, capsys):
 
 def test_other_settings_are_refused(imgedit, ask, tiny_weights, capsys):
     """A table of two judges, or of two prompts, is the table of none."""
-    rows, results = imgedit
+    (rows, results), weights = imgedit, tiny_weights / "mllm"
     prompts = rows.parent / "bench/judge_prompt.json"
     assert ask(rows, results, prompts) == 0
     replies = (results / "replies.jsonl").read_bytes()
 
     def refused(name, **changes):
-        command = "judge", rows, results, "--prompts", prompts, "--weights", tiny_weights
+        command = "judge", rows, results, "--prompts", prompts, "--weights", weights
         message = fails(capsys, *command, *changes.get("more", ()))
         assert "other settings" in message and f"{name} was" in message
         assert (results / "replies.jsonl").read_bytes() == replies
@@ -353,7 +352,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     judge = Recorder()
-    monkeypatch.setattr(score, "load_judge", lambda args, folders: (judge, judge))
+    monkeypatch.setattr(score, "load_judge", lambda args, device: (judge, judge))
     return judge
 
 
@@ -430,7 +429,7 @@ def test_clips_are_compared_over_the_frames_of_the_result(tmp_path, recorder, as
     (tmp_path / "16.txt").write_text("Judge.")
     (tmp_path / "17.txt").write_text("Judge with the reference.")
     command = "judge", rows, results, "--weights", tmp_path, "--prompts", tmp_path / "16.txt"
-    assert "second text" in fails(capsys, *command)
+    assert "text 2" in fails(capsys, *command)
     assert ask(rows, results, tmp_path / "16.txt", tmp_path / "17.txt") == 0
     (system, parts, fps), (other, _, _) = recorder.asked
     assert (system, other) == ("Judge with the reference.", "Judge.")
@@ -439,8 +438,48 @@ def test_clips_are_compared_over_the_frames_of_the_result(tmp_path, recorder, as
 
 
 @pytest.mark.parametrize(
+    "frames, fps, shown, rate",
+    [(9, 4, [0, 3, 5, 8], 16 / 9), (27, 8, [0, 5, 10, 16, 21, 26], 16 / 9), (1, 8, [0], 8)],
+)
+def test_source_and_result_show_the_same_frames(frames, fps, shown, rate, tmp_path):
+    """A source of another rate would be compared with other moments of the result.
+
+    An odd number of frames is not what Qwen's own pipeline shows.
+    """
+    levels = np.arange(27, dtype=np.uint8)[:, None, None, None] * 9
+    pixels = np.broadcast_to(levels, (27, 24, 32, 3))
+    write_clip(tmp_path / "source.mp4", pixels, 30)
+    write_clip(tmp_path / "result.mp4", pixels[:frames], fps)
+    row = {"source": tmp_path / "source.mp4", "output": "result.mp4", "instruction": "x"}
+    row |= {"references": []}
+    asked = score.Benchmark().chat(row, "", {"text 1": "Judge."}, tmp_path)
+    for clip in asked["parts"][1:]:
+        assert (clip.mean((1, 2, 3)) / 9).round().astype(int).tolist() == shown
+    assert asked["fps"] == pytest.approx(rate)
+
+
+def test_a_reply_is_of_the_result_that_was_read(imgedit, recorder, ask, capsys):
+    """A result that is made anew while it is judged would get the reply about the old one."""
+    rows, results = imgedit
+
+    def generate(*_):
+        picture(results / "1082.png", 9)
+        return LINES.format(5, 5, 5)
+
+    recorder.generate = generate
+    assert ask(rows, results, rows.parent / "bench/judge_prompt.json") == 0
+    cells, first = table(capsys, rows, results)
+    assert "1 of 4 missing (no result 0, not judged 1, no scores 0)" in first
+    assert cells["adjust"] == ["1", "1", "-", "0.000", "3.56"]
+
+
+@pytest.mark.parametrize(
     "prompts, message",
-    [({"adjust": "a", "add": "b"}, "extract"), ("text", "cannot be read"), ([1], "map names")],
+    [
+        ({"adjust": "a", "add": "b"}, "extract"),
+        ("text", "not a JSON object"),
+        ([1], "not a JSON object"),
+    ],
 )
 def test_prompts_that_do_not_fit_are_refused(prompts, message, imgedit, ask, capsys):
     """A kind without its prompt would end the run after hours."""
@@ -469,12 +508,13 @@ def test_what_is_no_judge_is_named(imgedit, ask, capsys, tiny_weights):
     common = "--prompts", rows.parent / "bench/judge_prompt.json", "--weights"
     message = fails(capsys, "judge", rows, results, *common, rows.parent / "bench")
     assert "bench is no Qwen2.5-VL" in message
-    assert "no folder" in fails(capsys, "judge", rows, rows.parent / "no", *common, tiny_weights)
+    weights = tiny_weights / "mllm"
+    assert "no folder" in fails(capsys, "judge", rows, rows.parent / "no", *common, weights)
     more = "--pixels", 9, 8
-    assert "smaller" in fails(capsys, "judge", rows, results, *common, tiny_weights, *more)
+    assert "smaller" in fails(capsys, "judge", rows, results, *common, weights, *more)
     assert "score.py judge" in fails(capsys, "table", rows, results)
     (rows.parent / "bad.jsonl").write_text('{"source": "a.png"}\n')
-    assert "row 1" in fails(capsys, "table", rows.parent / "bad.jsonl", results)
+    assert "score.py rows" in fails(capsys, "table", rows.parent / "bad.jsonl", results)
 
 
 # Scores.
@@ -500,13 +540,14 @@ LINES = "Brief reasoning: it fits.\nPrompt Compliance: {}\nVisual: {}\nDetail & 
         ("I'd say 5, 4 and 3.", None),
         (LINES.format(1, 2, 3) + "\nOverall: 4", None),
         (LINES.format(5, 4, "-3"), None),
+        (LINES.format(5, 4, 3) + "\nOverall: -3", None),
         ('{"a": 5, "b": 4, "c": true}', None),
     ],
 )
 def test_scores_of_imgedit(reply, expected):
     """Three numbers from 1 to 5, or the case is missing; a guess would be a score of nothing."""
-    row = {"benchmark": "imgedit", "references": []}
-    assert score.scores(row, [reply]) == (None if expected is None else [pytest.approx(expected)])
+    found = score.BENCHMARKS["imgedit"].scores({}, [reply])
+    assert found == (None if expected is None else [pytest.approx(expected)])
 
 
 @pytest.mark.parametrize(
@@ -535,15 +576,17 @@ def test_scores_of_imgedit(reply, expected):
         ('{"score": [8, 1' + "0" * 400 + "]}", None),
         ('{"score": [8, "6/' + "1" * 5000 + '"]}', None),
         ('{"score": ' + "[" * 900 + "8" + "]" * 900 + "}", 8),
+        ('{"scores": {"score": [8, 6]}}', 6),
+        ('{"score": 8, "score": 6}', 6),
     ],
 )
 def test_scores_of_gedit(reply, expected):
     """The least of the list; the official scorer draws a random number where this says missing."""
-    row = {"benchmark": "gedit", "references": []}
+    scores = score.BENCHMARKS["gedit"].scores
     good = '{"score": [4, 9]}'
     product = None if expected is None else [expected, 4, pytest.approx((4 * expected) ** 0.5)]
-    assert score.scores(row, [reply, good]) == product
-    assert (score.scores(row, [good, reply]) is None) == (expected is None)
+    assert scores({}, [reply, good]) == product
+    assert (scores({}, [good, reply]) is None) == (expected is None)
 
 
 @pytest.mark.parametrize(
@@ -551,8 +594,8 @@ def test_scores_of_gedit(reply, expected):
     [
         (
             0,
-            '{"instruction": "add 3", "instruct follow score (1-10)": 9, "quality score (1-10)": 7, '
-            '"preservation score (1-10)": 8, "reason": "fine"}',
+            '{"instruction": "add 3", "instruct follow score (1-10)": 9, '
+            '"quality score (1-10)": 7, "preservation score (1-10)": 8, "reason": "fine"}',
             [9, 8, 7, None, 8],
         ),
         (
@@ -564,11 +607,13 @@ def test_scores_of_gedit(reply, expected):
         (1, '{"instruct follow score": 9, "quality score": 7, "preservation score": 8}', None),
         (0, '{"instruct follow score": 9, "quality score": 0, "preservation score": 8}', None),
         (0, '{"quality": 7, "quality score": 6, "follow": 9, "preservation": 8}', None),
+        (0, '{"quality": 7, "quality": 6, "follow": 9, "preservation": 8}', None),
     ],
 )
 def test_scores_of_vie(references, reply, expected):
     """Names are matched to the paper's columns, and similarity is asked for with a reference."""
-    assert score.scores({"benchmark": "vie", "references": ["r"] * references}, [reply]) == expected
+    row = {"references": ["r"] * references}
+    assert score.BENCHMARKS["vie"].scores(row, [reply]) == expected
 
 
 def test_table_of_imgedit_by_hand(imgedit, capsys):
@@ -624,7 +669,7 @@ def test_table_of_gedit_by_hand(tmp_path, capsys):
     folder = results / "qwen25vl/eval_results_new"
     with open(folder / f"{results.name}_a_gpt_score.csv", newline="") as file:
         found = list(csv.DictReader(file))
-    assert list(found[0]) == list(score.GEDIT_CSV) and len(found) == 2
+    assert list(found[0]) == score.GEdit.csv_fields and len(found) == 2
     assert (found[0]["sementics_score"], found[0]["quality_score"]) == ("8.0", "2.0")
     assert [one["intersection_exist"] for one in found] == ["True", "False"]
     assert found[0]["instruction_language"] == "en"
@@ -646,8 +691,9 @@ def test_kinds_of_vie_become_rows_of_the_paper(tmp_path, capsys):
         "odd": "odd",
     }
     for kind, expected in names.items():
-        row = {"benchmark": "vie", "kind": kind, "references": []}
-        assert score.table_kind(row) == expected
+        assert score.VIE().kind({"kind": kind, "references": []}) == expected
+        with_reference = {"Add": "Ref Add", "Swap/Change": "Ref Swap"}.get(expected, expected)
+        assert score.VIE().kind({"kind": kind, "references": ["a.png"]}) == with_reference
     picture(tmp_path / "a.png")
     (tmp_path / "a.json").write_text(
         json.dumps([{"source": "a.png", "prompt": "x", "kind": kind} for kind in ("style", "tone")])
@@ -670,8 +716,8 @@ def test_kinds_of_vie_become_rows_of_the_paper(tmp_path, capsys):
 
 def test_the_papers_rows_add_up():
     """A digit lost in copying would be somebody's result."""
-    values = list(map(float, score.BENCHMARKS["imgedit"].paper.values()))
+    values = list(map(float, score.ImgEdit.paper.values()))
     assert len(values) == 8 and round(statistics.mean(values), 4) == 3.85
-    for text in score.BENCHMARKS["vie"].paper.values():
+    for text in score.VIE.paper.values():
         *columns, average, _ = text.replace(" -", "").split()
         assert abs(statistics.mean(map(float, columns)) - float(average)) < 0.0011
