@@ -1531,12 +1531,12 @@ def edit_many(args):
 
 # What decides a result, beside its own row. The device is not among them: shards may differ in it.
 SETTINGS = ("weights", "instructx", "steps", "guidance", "seed", "size", "area", "frames")
-SETTINGS += ("overlap", "compare", "dtype", "compile", "quantize", "tile")
+SETTINGS += ("overlap", "ref", "compare", "dtype", "compile", "quantize", "tile")
 
 
 def settings_of(args):
     """{name: value}, as JSON gives it back, of all that one folder of results has in common."""
-    names = SETTINGS if args.batch else (*SETTINGS, "instruction", "ref")
+    names = SETTINGS if args.batch else (*SETTINGS, "instruction")
     values = {name: getattr(args, name) for name in names}
     return json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
 
