@@ -398,6 +398,17 @@ class InstructX(nn.Module):
         if tokens > mllm.config.vocab_size:
             known = f"tokenizer.json numbers {tokens} tokens, the model {mllm.config.vocab_size}"
             raise ValueError(f"{folders['mllm']}: {known}; they are of different models")
+        vision, ids = mllm.config.vision_config, processor.ids
+        for name, ours, theirs in (
+            ("patch_size", processor.patch_size, vision.patch_size),
+            ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
+            ("merge_size", processor.merge_size, vision.spatial_merge_size),
+            ("image_token_id", ids["<|image_pad|>"], mllm.config.image_token_id),
+            ("video_token_id", ids["<|video_pad|>"], mllm.config.video_token_id),
+        ):
+            if ours != theirs:
+                known = f"{name} is {ours} by the processor's files and {theirs} by the model's"
+                raise ValueError(f"{folders['mllm']}: {known}")
         is_kiwi = "mllm_config" in folders
         if "instructx" in folders:
             config = read_config(folders["instructx"] / "config.json")

@@ -17,6 +17,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -91,6 +92,7 @@ MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9:
 # Between RGB and YUV FFmpeg is quick by default, and darkens a clip by a level each time.
 EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
 
+LONGEST = 3600  # seconds of a frame; more is a damaged time stamp, for which MP4 has no room
 LEAD_IN = 0.1  # seconds of sound that are kept before the first frame, since decoders need them
 TECHNICAL_TITLES = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration"}
 SMALLEST = 16  # pixels a side
@@ -102,6 +104,7 @@ DEFAULT_WEIGHTS = Path(__file__).resolve().parent / "weights" / "shapes"
 
 # PIL warns of damaged EXIF, which is left out, and of large pictures. Its refusals are enough.
 warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class MediaError(ValueError):
@@ -312,13 +315,23 @@ def to_srgb(image, icc):
         return image
 
 
+class SeekableFile(io.BufferedReader):
+    """A file in which seeking to where nothing can be tells FFmpeg -1; PyAV prints exceptions."""
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        try:
+            return super().seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
+
+
 @contextlib.contextmanager
 def open_clip(path):
     """Gives (container, its picture track). FFmpeg gets an open file and can open no other one."""
     options = {"format_whitelist": CLIP_FORMATS, "protocol_whitelist": "none"}
     cover = Disposition.attached_pic | Disposition.timed_thumbnails
     error = MediaError(f"{path} is neither an image nor a video that can be read, or it is damaged")
-    with path.open("rb") as file:
+    with SeekableFile(path.open("rb", buffering=0)) as file:
         try:
             container = av.open(file, container_options=options, metadata_errors="replace")
         except av.FFmpegError:
@@ -510,6 +523,8 @@ def frame_rate(stamps, count, lasts, track):
     rates += [stated, track.average_rate or stated]
     if len(stamps) < count or count == 1 or stamps != sorted(set(stamps)):  # AVI has none to show
         return rates[0], ()
+    if any(later - earlier > LONGEST for earlier, later in itertools.pairwise(stamps)):
+        return rates[0], ()
     times = [stamp - stamps[0] for stamp in stamps]
     rates.append(((len(times) - 1) / times[-1]).limit_denominator(100_000))
     for rate in rates:
@@ -589,6 +604,18 @@ def image_writer(path, source=None, note=lambda text: None):
         yield write
 
 
+@contextlib.contextmanager
+def closing(container):
+    """Gives a container and closes it. After an error, one that closing adds is of no interest."""
+    try:
+        yield container
+    except BaseException:
+        with contextlib.suppress(av.FFmpegError):  # FFmpeg cannot end a GIF without frames
+            container.close()
+        raise
+    container.close()
+
+
 def write_image(path, frame, source=None):
     """Writes uint8 (H, W, 3); arguments and errors as for `clip_writer`."""
     with image_writer(path, source) as write:
@@ -629,10 +656,11 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
         note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
     durations = dict(zip(stamps, np.diff(stamps).tolist()))
     muxing = muxer_options(suffix, source.loop, durations[stamps[-2]] * tick)
+    opening = {"mode": "w", "format": options[0], "container_options": muxing}
     try:
         with (
             whole(path) as unfinished,
-            av.open(str(unfinished), "w", options[0], container_options=muxing) as container,
+            closing(av.open(str(unfinished), **opening)) as container,
         ):
             container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
             track = add_pictures(container, options, shape, fps, tick, source)

@@ -47,7 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edit import MediaError, Parser, media_shape, number, read_frames, whole
+from edit import MediaError, Parser, media_shape, number, read_frames, sweep, whole
 
 PAPER_STEPS = {1: 20000, 2: 20000, 3: 5000}
 CLIP_NORM = 1.0  # upper bound of the gradient's norm
@@ -1265,6 +1265,8 @@ def main(arguments=None, build=build_model, validate=validate):
         complete(args)
         args.out.mkdir(parents=True, exist_ok=True)
         with locked(args.out) if IS_FIRST else contextlib.nullcontext():
+            if IS_FIRST:
+                sweep(args.out)
             result = finished(args) or train(args, build, validate)
         if IS_FIRST:
             print(result)
