@@ -12,6 +12,7 @@ the times of kills, which follow the speed of the machine.
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -173,7 +174,7 @@ def damage_json(text, rng):
         elif way == 3 and type(value) in (int, float):
             parent[key] = rng.choice((-1, 0.5, 2, 1000, 10**9)) * value
         else:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))
     return json.dumps(root[0]).replace('"DEEP"', "[" * 10**5)
 
 

@@ -571,6 +571,8 @@ def test_released_precisions_together(folder, trained):
         ("vae/config.json", {"temperal_downsample": "abc"}, "temporal_downsample is 'abc'"),
         ("mllm/config.json", {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
         ("mllm/config.json", {"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
+        ("mllm/config.json", {"image_token_id": 5}, "image_token_id is .* and 5 by the model's"),
+        ("mllm/preprocessor_config.json", {"patch_size": 4}, "patch_size is 4 .* and 8 by"),
     ],
 )
 def test_configs_that_make_no_model(folder, file, change, message):

@@ -316,6 +316,19 @@ def test_interrupt_leaves_nothing(tiny_weights, clip, tmp_path, number, code, sa
     assert output.read_bytes() == b"the result of an earlier run"
 
 
+@pytest.mark.parametrize("suffix", CLIP_OPTIONS)
+def test_an_error_inside_an_edit_is_the_one_reported(negative, clip, tmp_path, capsys, suffix):
+    """A GIF without frames cannot be closed either, which hid what was wrong with the weights."""
+
+    def fail(*_):
+        raise ValueError("these weights are damaged")
+
+    negative.edit, output = fail, tmp_path / f"out{suffix}"
+    code, _, err = run(capsys, clip, "x", "-o", output, "--weights", tmp_path)
+    assert code == 2 and err.endswith("edit.py: error: these weights are damaged\n")
+    assert not list(tmp_path.iterdir())
+
+
 # The terminal
 
 
@@ -694,6 +707,24 @@ def test_damaged_exif_is_left_out_in_silence(tmp_path):
     assert ended.returncode == 0 and not ended.stderr
 
 
+def test_a_count_that_cannot_be_is_one_line(tmp_path):
+    """PIL logs to stderr what it refuses."""
+    Image.fromarray(smooth(40, 56)).save(tmp_path / "a.tiff")
+    content, samples = (tmp_path / "a.tiff").read_bytes(), b"\x15\x01\x03\0\x01\0\0\0"  # per pixel
+    assert samples + b"\x03\0" in content
+    content = content.replace(samples + b"\x03\0", samples + b"\x03\x98")
+    (tmp_path / "a.tiff").write_bytes(content)
+    done = shell(tmp_path / "a.tiff", "x")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_seek_to_nowhere_is_a_number(photo):
+    """Damaged clips name places before their start. PyAV would print a traceback of its own."""
+    with edit.SeekableFile(photo.open("rb", buffering=0)) as file:
+        assert file.seek(3) == 3 and file.seek(-5) == -1 and file.seek(2**70) == -1
+        assert file.tell() == 3 and file.seek(-1, os.SEEK_END) == photo.stat().st_size - 1
+
+
 def test_exif_that_does_not_fit(negative, photo, tmp_path, capsys):
     """90 KB of EXIF, such as a workflow, fail after the work, and an empty block is litter."""
     exif = Image.Exif()
@@ -892,6 +923,17 @@ def test_varying_frame_rate(tmp_path, suffix):
     assert result.frames.shape == source.frames.shape
     moved = [abs(a - b) for a, b in zip(source.times, result.times)]
     assert max(moved[:-1]) <= Fraction(1, 100 if suffix == ".gif" else 500) and moved[-1] < 0.02
+
+
+def test_hours_between_frames_are_damage(negative, tmp_path, capsys):
+    """A time stamp with a flipped bit: MP4 has no room for 26 hours, and failed after the work."""
+    frames = smooth(32, 48, frames=5)
+    times = tuple(Fraction(n, 25) + (n > 2) * 95_000 for n in range(6))
+    write_clip(tmp_path / "a.mkv", frames, 25, Media(tmp_path, frames, Fraction(25), times=times))
+    options = ("-o", tmp_path / "b.mp4", "--weights", tmp_path)
+    code, _, err = run(capsys, tmp_path / "a.mkv", "x", *options)
+    result = read_frames(tmp_path / "b.mp4") if not code else err
+    assert code == 0 and len(result.frames) == 5 and not result.times, err
 
 
 def test_trimmed_by_an_edit_list(tmp_path):
