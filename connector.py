@@ -673,14 +673,19 @@ def check_configs(folders):
 
 
 def check_types(config, file):
-    """Raises ValueError for a type that differs from the default's, and for numbers below 0."""
+    """Raises ValueError for a type that differs from the default's, and for numbers below 0.
+
+    Sizes are 1 or more, but for two which may be 0 for none.
+    """
     for field in fields(config):
+        is_size = field.name.endswith(("dim", "size"))
+        least = int(is_size and field.name not in ("text_dim", "decoder_dim"))
         value, default = getattr(config, field.name), getattr(type(config)(), field.name)
         allowed = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(f"{file}: {field.name} is {value!r}, not like {default!r}")
-        if isinstance(value, (int, float)) and value < 0:
-            raise ValueError(f"{file}: {field.name} is {value!r}, below 0")
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f"{file}: {field.name} is {value!r}, below {least}")
 
 
 def to_tuple(value):

@@ -12,6 +12,7 @@ the times of kills, which follow the speed of the machine.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -399,7 +400,10 @@ def kills(base):
                 code, ended = process.wait(rng.uniform(0.5, 1) * lasts), True
             except subprocess.TimeoutExpired:
                 process.send_signal(number)
-                code = process.wait(LIMIT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LIMIT)
+                process.kill()
+                code = process.wait()
                 ended = code not in (-number, 128 + number)
             codes.append(code)
         same, left = result(folder) == expected, leftovers(folder / "out")

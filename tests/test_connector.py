@@ -561,6 +561,7 @@ def test_released_precisions_together(folder, trained):
         ("instructx/config.json", {"guidance": "a"}, "guidance is 'a'"),
         ("instructx/config.json", {"text_embedding": 0}, "text_embedding is 0"),
         ("instructx/config.json", {"lora_rank": -1}, "lora_rank is -1"),
+        ("instructx/config.json", {"hidden_dim": 0}, "hidden_dim is 0, below 1"),
         ("instructx/dit/config.json", {"num_layers": 2.0}, "num_layers is 2.0"),
         ("instructx/dit/config.json", {"ffn_dim": "128"}, "ffn_dim is '128'"),
         ("instructx/dit/config.json", {"text_dim": -1}, "text_dim is -1"),
