@@ -415,10 +415,7 @@ class InstructX(nn.Module):
         dit = WanDiT.from_pretrained(folders["dit"], device, dtype, blocks=dit_blocks)
         vae = WanVAE.from_pretrained(folders["vae"], device)
         processor = Processor.from_pretrained(folders.get("processor", folders["mllm"]))
-        tokens = 1 + max(processor.tokenizer.get_vocab().values())
-        if tokens > mllm.config.vocab_size:
-            known = f"tokenizer.json numbers {tokens} tokens, the model {mllm.config.vocab_size}"
-            raise ValueError(f"{folders['mllm']}: {known}; they are of different models")
+        check_processor(processor, mllm.config, folders["mllm"])
         is_kiwi = "mllm_config" in folders
         if "instructx" in folders:
             config = read_config(folders["instructx"] / "config.json")
@@ -697,15 +694,39 @@ def check_configs(folders):
     check_types(vae_module.read_config(vae_file.parent / "config.json"), folders["vae"])
 
 
+def check_processor(processor, config, folder):
+    """Raises ValueError if an MLLM and its processor are of different models."""
+    tokens = 1 + max(processor.tokenizer.get_vocab().values())
+    if tokens > config.vocab_size:
+        known = f"tokenizer.json numbers {tokens} tokens, the model {config.vocab_size}"
+        raise ValueError(f"{folder}: {known}; they are of different models")
+    vision, ids = config.vision_config, processor.ids
+    for name, given, needed in (
+        ("patch_size", processor.patch_size, vision.patch_size),
+        ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
+        ("merge_size", processor.merge_size, vision.spatial_merge_size),
+        ("image_token_id", ids["<|image_pad|>"], config.image_token_id),
+        ("video_token_id", ids["<|video_pad|>"], config.video_token_id),
+    ):
+        if given != needed:
+            problem = f"{name} is {given} by the processor's files and {needed} by the model's"
+            raise ValueError(f"{folder}: {problem}")
+
+
 def check_types(config, file):
-    """Raises ValueError for a type that differs from the default's, and for numbers below 0."""
+    """Raises ValueError for a type that differs from the default's, and for numbers below 0.
+
+    Sizes are 1 or more, but for two which may be 0 for none.
+    """
     for field in fields(config):
+        is_size = field.name.endswith(("dim", "size"))
+        least = int(is_size and field.name not in ("text_dim", "decoder_dim"))
         value, default = getattr(config, field.name), getattr(type(config)(), field.name)
         allowed = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(f"{file}: {field.name} is {value!r}, not like {default!r}")
-        if isinstance(value, (int, float)) and value < 0:
-            raise ValueError(f"{file}: {field.name} is {value!r}, below 0")
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f"{file}: {field.name} is {value!r}, below {least}")
 
 
 def to_tuple(value):

@@ -26,6 +26,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -70,7 +71,8 @@ IMAGE_OPTIONS = {
     ".gif": {"format": "GIF"},
 }
 # For clips: FFmpeg's container, codec, pixel format, and options of the codec.
-H264 = ("libx264", "yuv420p", {"preset": "medium", "crf": "16"})
+# x264's mbtree reads memory that nobody wrote: the same frames would become other bytes.
+H264 = ("libx264", "yuv420p", {"preset": "medium", "crf": "15", "x264-params": "mbtree=0"})
 VP9 = {"crf": "18", "b": "0", "cpu-used": "3"}
 CLIP_OPTIONS = {
     ".mp4": ("mp4", *H264),
@@ -100,6 +102,7 @@ MATRICES = {1: "bt709", 4: "fcc", 5: "bt470", 6: "smpte170m", 7: "smpte240m", 9:
 # Between RGB and YUV FFmpeg is quick by default, and darkens a clip by a level each time.
 EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
 
+LONGEST = 3600  # seconds of a frame; more is a damaged time stamp, for which MP4 has no room
 LEAD_IN = 0.1  # seconds of sound that are kept before the first frame, since decoders need them
 TECHNICAL_TITLES = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration"}
 SMALLEST = 16  # pixels a side
@@ -112,6 +115,7 @@ DEFAULT_WEIGHTS = Path(__file__).resolve().parent / "weights" / "shapes"
 
 # PIL warns of damaged EXIF, which is left out, and of large pictures. Its refusals are enough.
 warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class MediaError(ValueError):
@@ -358,13 +362,23 @@ def to_srgb(image, icc):
         return image
 
 
+class SeekableFile(io.BufferedReader):
+    """A file in which seeking to where nothing can be tells FFmpeg -1; PyAV prints exceptions."""
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        try:
+            return super().seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
+
+
 @contextlib.contextmanager
 def open_clip(path):
     """Gives (container, its picture track). FFmpeg gets an open file and can open no other one."""
     options = {"format_whitelist": CLIP_FORMATS, "protocol_whitelist": "none"}
     cover = Disposition.attached_pic | Disposition.timed_thumbnails
     error = MediaError(f"{path} is neither an image nor a video that can be read, or it is damaged")
-    with path.open("rb") as file:
+    with SeekableFile(path.open("rb", buffering=0)) as file:
         try:
             container = av.open(file, container_options=options, metadata_errors="replace")
         except av.FFmpegError:
@@ -560,6 +574,8 @@ def frame_rate(stamps, count, lasts, track):
     rates += [stated, track.average_rate or stated]
     if len(stamps) < count or count == 1 or stamps != sorted(set(stamps)):  # AVI has none to show
         return rates[0], ()
+    if any(later - earlier > LONGEST for earlier, later in itertools.pairwise(stamps)):
+        return rates[0], ()
     times = [stamp - stamps[0] for stamp in stamps]
     rates.append(((len(times) - 1) / times[-1]).limit_denominator(100_000))
     for rate in rates:
@@ -639,6 +655,18 @@ def image_writer(path, source=None, note=lambda text: None):
         yield write
 
 
+@contextlib.contextmanager
+def closing(container):
+    """Gives a container and closes it. After an error, one that closing adds is of no interest."""
+    try:
+        yield container
+    except BaseException:
+        with contextlib.suppress(av.FFmpegError):  # FFmpeg cannot end a GIF without frames
+            container.close()
+        raise
+    container.close()
+
+
 def write_image(path, frame, source=None):
     """Writes uint8 (H, W, 3); arguments and errors as for `clip_writer`."""
     with image_writer(path, source) as write:
@@ -679,10 +707,11 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
         note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
     durations = dict(zip(stamps, np.diff(stamps).tolist()))
     muxing = muxer_options(suffix, source.loop, durations[stamps[-2]] * tick)
+    opening = {"mode": "w", "format": options[0], "container_options": muxing}
     try:
         with (
             whole(path) as unfinished,
-            av.open(str(unfinished), "w", options[0], container_options=muxing) as container,
+            closing(av.open(str(unfinished), **opening)) as container,
         ):
             container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
             track = add_pictures(container, options, shape, fps, tick, source)
@@ -917,7 +946,7 @@ def read_row(line, folder, files=("source",)):
     Raises ValueError for anything else than texts in the places of paths and instruction.
     """
     try:
-        row = dict(json.loads(line))
+        row = dict(json.loads(line.strip()))
         references = row.get("references") or []
         paths = [*(row[name] for name in files), *references]
         are_paths = all(isinstance(path, str) and path for path in paths)
@@ -925,7 +954,10 @@ def read_row(line, folder, files=("source",)):
             raise TypeError("a path is empty or no text, or references are no list")
         if not isinstance(row["instruction"], str):
             raise TypeError("the instruction is no text")
-        row["instruction"].encode()  # raises for bytes that were no text
+        for text in (row["instruction"], *paths):
+            text.encode()  # raises for bytes that were no text
+        if "\0" in "".join(paths):
+            raise ValueError("no path holds a zero byte")
     except Exception as error:  # JSON can be nested too deep, too
         names = ", ".join(files)
         raise ValueError(f"not an edit with {names} and instruction ({error!r})") from None
@@ -1057,9 +1089,12 @@ def share(text):
 
 USAGE = 'INPUT [INPUT ...] "INSTRUCTION IN QUOTES"'
 EPILOG = f"""\
-Several edits need -o FOLDER. The model is loaded once; a result that is there is left alone, so
-that the same command goes on where it was stopped; what fails is named and costs no other edit.
-FOLDER/settings.json holds the settings. Exit code 0: all are there; 1: some failed.
+Several edits need -o FOLDER. The model is loaded once. A result that is there is left alone, so
+that the same command goes on where it was stopped; delete a result to have it made again. What
+fails is named and costs no other edit. FOLDER/settings.json holds the settings; a run with others
+is refused. Exit code 0: all are there; 1: some failed. Rows: paths are relative to their file;
+output is the source's name by default, references are those of --ref. With - each row is answered
+by a line of JSON: output and seconds, or error.
 
 Formats: {" ".join(IMAGE_OPTIONS)} for an image; {" ".join(CLIP_OPTIONS)}
 for a clip (.png is APNG, lossless). Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all.
@@ -1088,7 +1123,7 @@ def parse(argv):
     help = 'images or videos, and last the instruction, such as "make it night"'
     add("words", "INPUT", str, help, nargs="*")
     help = "the file to write (default: INPUT's name and -edited), or a folder"
-    add("-o --output", "PATH", str, help, default="")
+    add("-o --output", "PATH", str, help)
     help = 'edits as lines of JSON, {"source": "a.png", "instruction": "..."}, and if wanted '
     help += '"references": ["b.png"], "output": "c.png", "seed": 1; - is stdin'
     add("--batch", "FILE", Path, help)
@@ -1129,7 +1164,7 @@ def parse(argv):
 
 def interpret(args):
     """Tells inputs and instruction apart, and one edit from many. Raises ValueError."""
-    if args.words == ["-"]:
+    if args.words == ["-"] and not args.batch:
         args.batch, args.words = STDIN, []
     *inputs, args.instruction = args.words or [""]
     args.inputs = [Path(word) for word in inputs]
@@ -1137,11 +1172,13 @@ def interpret(args):
         raise ValueError(f"there is no use for {args.words[0]}: --batch {args.batch} has all edits")
     if not args.batch and not inputs:
         raise ValueError(f"expected {USAGE}, and the options that --help lists")
-    is_folder = args.output.endswith(("/", os.sep)) or os.path.isdir(args.output)
-    args.many = bool(args.batch) or len(inputs) > 1 or is_folder
-    args.output = Path(args.output) if args.output else None
-    if args.shard and not args.many:
-        raise ValueError("--shard is for several edits")
+    if args.output == "":
+        raise ValueError("-o is empty; name a file or a folder")
+    is_folder = args.output and (args.output.endswith(("/", os.sep)) or os.path.isdir(args.output))
+    args.many = bool(args.batch or len(inputs) > 1 or is_folder)
+    args.output = args.output and Path(args.output)
+    if args.shard and (not args.many or args.batch == STDIN):
+        raise ValueError("--shard is for several edits, but not for those of stdin")
 
 
 def check_arguments(args):
@@ -1153,7 +1190,7 @@ def check_arguments(args):
             expected = "name an image or a video first, and then the instruction in quotes"
             raise ValueError(f"there is no file {path}; {expected}")
     if args.batch not in (None, STDIN) and not args.batch.is_file():
-        raise ValueError(f"there is no file {args.batch}")
+        raise ValueError(f"there is no file {args.batch}; what comes through a pipe: --batch -")
     if args.many and not args.output:
         raise ValueError("several edits need -o FOLDER; the instruction stands in quotes")
     is_file = args.many and (args.output.is_file() or args.output.suffix.lower() in KNOWN)
@@ -1165,8 +1202,8 @@ def check_arguments(args):
         raise ValueError(f"--overlap {args.overlap} of --frames {args.frames}: {rule}")
     if not args.batch and not args.instruction.strip():
         raise ValueError("the instruction is empty; say what to do")
-    if os.path.isfile(args.instruction):
-        raise ValueError(f"{args.instruction} is a file; the instruction comes last")
+    if os.path.exists(args.instruction):
+        raise ValueError(f"{args.instruction} is a file or a folder; the instruction comes last")
     if not args.weights.is_dir():
         raise ValueError(f"--weights {args.weights}: there is no such folder")
     if read_config(args.weights).get("_class_name") == "InstructX":
@@ -1248,7 +1285,7 @@ def file_id(path):
 
 def input_ids(edits):
     """{file_id} of all that edits read."""
-    return {file_id(path) for args in edits for path in (args.input, *args.ref)}
+    return {file_id(path) for args in edits for path in (args.input, *args.ref)} - {None}
 
 
 def name_outputs(args, inputs):
@@ -1278,6 +1315,8 @@ def name_outputs(args, inputs):
             raise ValueError(f"{path} is a folder or a device; name a file")
         if path.exists() and file_id(path) in inputs:
             raise ValueError(f"{path} is an input, which would be lost; name another file")
+        if file_id(path.parent) in inputs:
+            raise ValueError(f"{path} would become a frame of an input; name another folder")
         if path.exists() and not args.output and not args.folder:
             raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
         sweep(path.parent)
@@ -1291,7 +1330,7 @@ def load(args):
     from connector import InstructX, compile_blocks, tile
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    args.dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one error
@@ -1304,7 +1343,7 @@ def load(args):
         if not shutil.which(os.environ.get("CXX", usual)):
             raise ValueError(f"--compile needs the compiler {usual}, or the one that CXX names")
     quantize = torch.int8 if args.quantize else None
-    settings = getattr(torch, dtype), args.instructx, args.offload, quantize
+    settings = getattr(torch, args.dtype), args.instructx, args.offload, quantize
     model = InstructX.from_pretrained(args.weights, device, *settings)
     if args.tile:
         tile(model.vae, args.tile)
@@ -1414,7 +1453,7 @@ def read_edits(args):
         yield str(path), one_edit(args, path)
     lines = ()
     if args.batch:
-        spoken = ((i, line) for i, line in enumerate(sys.stdin, 1) if line.strip())
+        spoken = ((i, line) for i, line in enumerate(sys.stdin or (), 1) if line.strip())
         lines = spoken if args.batch == STDIN else read_lines(args.batch)
     for i, line in lines:
         try:
@@ -1444,6 +1483,15 @@ class Tally:
     def __init__(self, args):
         self.is_dialogue = args.batch == STDIN  # one line of JSON for each line that was read
         self.seconds, self.kept, self.failed = [], 0, 0
+        self.owners = {}  # of results: {real path: name of the edit}
+
+    def claim(self, name, paths):
+        """Raises ValueError if another edit has one of these results."""
+        for path in paths:
+            owner = self.owners.setdefault(os.path.realpath(path), name)
+            if owner != name:
+                text = f'{path} is the result of {owner} already; a row\'s "output" names another'
+                raise ValueError(text)
 
     def make(self, outputs, seconds):
         self.seconds.append(seconds)
@@ -1457,9 +1505,11 @@ class Tally:
 
     def fail(self, name, error):
         self.failed += 1
-        problem = " ".join((explain(error) or repr(error)).split())
+        problem = " ".join((explain(error) or repr(error)).split())[:600]
         note(f"error: {problem}" if name in problem else f"error: {name}: {problem}")
         self.answer(error=problem)
+        if self.is_dialogue:  # whoever asks again means the same result
+            self.owners = {path: owner for path, owner in self.owners.items() if owner != name}
 
     def answer(self, **values):
         if self.is_dialogue:
@@ -1472,7 +1522,7 @@ class Tally:
 
 def to_do(args, tally):
     """Yields (name, arguments, outputs) of the edits to make. Tallies the others."""
-    edits, results = read_edits(args), {}
+    edits = read_edits(args)
     if args.batch != STDIN:
         edits = list(edits)
         inputs = input_ids(edit for _, edit in edits if not isinstance(edit, ValueError))
@@ -1481,17 +1531,16 @@ def to_do(args, tally):
         try:
             if isinstance(edit, ValueError):
                 raise edit
+            if edit.output:
+                tally.claim(name, [edit.output])  # whatever else is wrong
             outputs = name_outputs(edit, input_ids([edit]) if args.batch == STDIN else inputs)
-            for path in outputs:
-                other, at = results.setdefault(os.path.realpath(path), (name, number))
-                if at != number:
-                    raise ValueError(f"{path} is the result of {other} already; name another")
+            tally.claim(name, outputs)
         except Exception as error:
             if number % parts == part:
                 tally.fail(name, error)
             continue
         if number % parts == part:
-            if all(path.exists() for path in outputs):
+            if outputs[0].exists():  # it is renamed last
                 tally.keep(outputs)
             else:
                 yield name, edit, outputs
@@ -1502,22 +1551,22 @@ def edit_many(args):
 
     What can be checked is checked before the model is loaded, and that only if there is work.
     """
-    settings, file = settings_of(args), args.output / "settings.json"
-    check_settings(file, settings)
+    check_settings(args)
     tally, loaded = Tally(args), functools.cache(functools.partial(load, args))
     try:
         edits = to_do(args, tally)
         if args.batch != STDIN:
             edits = tqdm(list(edits), "edits", leave=False, disable=None)
         for name, edit_args, outputs in edits:
-            loaded()
+            if not tally.seconds:
+                loaded()
+                keep_settings(args)
+            if outputs[0].exists():  # another process was faster
+                tally.keep(outputs)
+                continue
             began = time.perf_counter()
-            if not file.exists():
-                args.output.mkdir(parents=True, exist_ok=True)
-                with whole(file) as unfinished:
-                    unfinished.write_text(json.dumps(settings, indent=1) + "\n")
             try:
-                outputs[0].parent.mkdir(parents=True, exist_ok=True)
+                make_folder(outputs[0].parent)
                 edit(edit_args, outputs, loaded)
             except Exception as error:
                 tally.fail(name, error)
@@ -1529,28 +1578,48 @@ def edit_many(args):
     return 1 if tally.failed else 0
 
 
+def make_folder(path):
+    """Makes a folder unless it is there. Raises OSError in words."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be made a folder ({error.strerror})") from None
+
+
 # What decides a result, beside its own row. The device is not among them: shards may differ in it.
-SETTINGS = ("weights", "instructx", "steps", "guidance", "seed", "size", "area", "frames")
-SETTINGS += ("overlap", "ref", "compare", "dtype", "compile", "quantize", "tile")
+SETTINGS = ("weights", "instructx", "instruction", "ref", "steps", "guidance", "seed", "size")
+SETTINGS += ("area", "frames", "overlap", "compare", "dtype", "compile", "quantize", "tile")
 
 
-def settings_of(args):
-    """{name: value}, as JSON gives it back, of all that one folder of results has in common."""
-    names = SETTINGS if args.batch else (*SETTINGS, "instruction")
-    values = {name: getattr(args, name) for name in names}
-    return json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
+def check_settings(args):
+    """What all results of a folder have in common, {name: value} as JSON gives it back.
+
+    Raises ValueError if it holds results of other settings.
+    """
+    values = {name: getattr(args, name) for name in SETTINGS}
+    values = json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
+    if args.dtype is None:
+        del values["dtype"]  # depends on the device, as `load` will tell
+    file = args.output / "settings.json"
+    if file.exists():
+        earlier = read_config(args.output, file.name)
+        if not earlier:
+            raise ValueError(f"{file} cannot be read; name another folder")
+        for name, value in values.items():
+            if earlier.get(name) != value:
+                change = f"{name} was {earlier.get(name)!r} and is {value!r}"
+                problem = f"{args.output} holds results of other settings ({change})"
+                raise ValueError(f"{problem}; name another folder")
+    return values
 
 
-def check_settings(file, settings):
-    """Raises ValueError if the results beside `file` were made with other settings."""
+def keep_settings(args):
+    """Writes FOLDER/settings.json, or raises ValueError if it has become another by now."""
+    settings, file = check_settings(args), args.output / "settings.json"
     if not file.exists():
-        return
-    earlier = read_config(file.parent, file.name)
-    for name, value in settings.items():
-        if earlier.get(name) != value:
-            change = f"{name} was {earlier.get(name)!r} and is {value!r}"
-            problem = f"{file.parent} holds results of other settings ({change})"
-            raise ValueError(f"{problem}; name another folder")
+        make_folder(args.output)
+        with whole(file) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def explain(error):
@@ -1576,9 +1645,9 @@ def main(argv=None):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))
-    for stream in (sys.stdin, sys.stdout):
+    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
         if hasattr(stream, "reconfigure"):  # names come and go as they are, in any locale
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+            stream.reconfigure(encoding=encoding, errors="surrogateescape")
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP

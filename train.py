@@ -58,6 +58,7 @@ from edit import (
     read_frames,
     read_lines,
     read_row,
+    sweep,
     whole,
 )
 
@@ -1244,6 +1245,8 @@ def main(arguments=None, build=build_model, validate=validate):
         complete(args)
         args.out.mkdir(parents=True, exist_ok=True)
         with locked(args.out) if IS_FIRST else contextlib.nullcontext():
+            if IS_FIRST:
+                sweep(args.out)
             result = finished(args) or train(args, build, validate)
         if IS_FIRST:
             print(result)

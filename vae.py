@@ -473,6 +473,8 @@ class WanVAE(nn.Module):
         nested = any(".downsamples.0.downsamples." in name for name in tensors)
         released = PRESETS["wan2.2" if nested else "wan2.1"]
         config = read_config(file.parent / "config.json", released)
+        if config.num_res_blocks > len(tensors):
+            raise ValueError(f"{path} has too few tensors for {config.num_res_blocks} blocks")
         tensors = official_names(tensors, config)
         tensors = {name: t.to(device, dtype or t.dtype) for name, t in tensors.items()}
         try:

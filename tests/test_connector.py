@@ -198,7 +198,7 @@ def test_progress_tells_every_phase(model):
         ({"steps": 2.5}, "steps is 2.5"),
         ({"frames": CLIP, "fps": 0.0}, "fps is 0"),
         ({"instruction": "<|image_pad|>"}, "special token"),
-        ({"instruction": None}, "strings"),
+        ({"instruction": None}, "must be a string"),
     ],
 )
 def test_arguments_that_make_no_edit(model, arguments, message):
@@ -609,6 +609,7 @@ def test_released_precisions_together(folder, trained):
         ("instructx/config.json", {"guidance": "a"}, "guidance is 'a'"),
         ("instructx/config.json", {"text_embedding": 0}, "text_embedding is 0"),
         ("instructx/config.json", {"lora_rank": -1}, "lora_rank is -1"),
+        ("instructx/config.json", {"hidden_dim": 0}, "hidden_dim is 0, below 1"),
         ("instructx/dit/config.json", {"num_layers": 2.0}, "num_layers is 2.0"),
         ("instructx/dit/config.json", {"ffn_dim": "128"}, "ffn_dim is '128'"),
         ("instructx/dit/config.json", {"text_dim": -1}, "text_dim is -1"),
@@ -619,6 +620,8 @@ def test_released_precisions_together(folder, trained):
         ("vae/config.json", {"temperal_downsample": "abc"}, "temporal_downsample is 'abc'"),
         ("mllm/config.json", {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
         ("mllm/config.json", {"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
+        ("mllm/config.json", {"image_token_id": 5}, "image_token_id is .* and 5 by the model's"),
+        ("mllm/preprocessor_config.json", {"patch_size": 4}, "patch_size is 4 .* and 8 by"),
     ],
 )
 def test_configs_that_make_no_model(folder, file, change, message):

@@ -316,6 +316,19 @@ def test_interrupt_leaves_nothing(tiny_weights, clip, tmp_path, number, code, sa
     assert output.read_bytes() == b"the result of an earlier run"
 
 
+@pytest.mark.parametrize("suffix", CLIP_OPTIONS)
+def test_an_error_inside_an_edit_is_the_one_reported(negative, clip, tmp_path, capsys, suffix):
+    """A GIF without frames cannot be closed either, which hid what was wrong with the weights."""
+
+    def fail(*_):
+        raise ValueError("these weights are damaged")
+
+    negative.edit, output = fail, tmp_path / f"out{suffix}"
+    code, _, err = run(capsys, clip, "x", "-o", output, "--weights", tmp_path)
+    assert code == 2 and err.endswith("edit.py: error: these weights are damaged\n")
+    assert not list(tmp_path.iterdir())
+
+
 # The terminal
 
 
@@ -510,7 +523,11 @@ BAD = {  # name: (input, arguments, what must be said)
         ["taken.txt", "make it night"],
         "out.png is no folder; several edits need one",
     ),
-    "several files and no instruction": (FINE, ["taken.txt"], "taken.txt is a file; the instr"),
+    "several files and no instruction": (
+        FINE,
+        ["taken.txt"],
+        "taken.txt is a file or a folder; the",
+    ),
     "input alone": (FINE, [], "expected INPUT"),
     "share of one edit": (FINE, ["--shard", "0/2"], "--shard is for several"),
     "share that is none": (FINE, ["--shard", "2/2"], "'2/2' is not a share such as 0/4"),
@@ -702,6 +719,32 @@ def test_several_inputs_as_cp_takes_them(negative, photo, clip, tmp_path, capsys
     assert code == 0 and out == [str(tmp_path / "there" / "photo.png")]
 
 
+def test_a_result_that_is_there_is_left_alone(negative, rows, tmp_path, capsys):
+    """Also with --compare, whose second file is missing; and nothing joins a folder of frames."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.png").write_bytes(b"anything")
+    command = (tmp_path / "0.png", "x", "-o", tmp_path / "out", "--weights", tmp_path, "--compare")
+    code, out, err = run(capsys, *command)
+    assert code == 0 and not out and "1 kept" in err
+    assert contents(tmp_path / "out") == {"0.png": b"anything"}
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "0.png").rename(tmp_path / "frames" / "0.png")
+    write_rows(rows, {"source": "frames", "instruction": "x", "output": "frames/a.mp4"})
+    code, _, err = run(capsys, "--batch", rows, "-o", tmp_path, "--weights", tmp_path)
+    assert code == 1 and "would become a frame of an input" in err
+
+
+def test_h264_is_the_same_whatever_was_written_before(tmp_path):
+    """Results of a run would depend on the order of its rows, or on where it was stopped."""
+    clips = [smooth(h, w, 25) for h, w in ((48, 64), (64, 64), (100, 130), (320, 240))]
+    files = [[] for _ in clips]
+    for turn in range(8):
+        for i in np.random.default_rng(turn).permutation(len(clips)):
+            write_clip(tmp_path / "a.mp4", clips[i], 25)
+            files[i].append((tmp_path / "a.mp4").read_bytes())
+    assert [len(set(versions)) for versions in files] == [1, 1, 1, 1]
+
+
 def test_other_settings_are_refused(negative, photo, tmp_path, capsys, monkeypatch):
     """Half of a folder by one rule and half by another; or all kept, as if the new one was met."""
     out = tmp_path / "out"
@@ -719,6 +762,26 @@ def test_other_settings_are_refused(negative, photo, tmp_path, capsys, monkeypat
     code, _, err = run(capsys, photo, "y", "-o", out, "--weights", tmp_path, "--steps", "3")
     assert code == 2 and "instruction was 'x' and is 'y'" in err
     assert contents(out) == before
+    code, _, err = run(capsys, "--batch", write_rows(tmp_path / "r.jsonl", {}), *command[2:])
+    assert code == 2 and "instruction was 'x' and is ''" in err
+    (out / "settings.json").write_text("{")
+    code, _, err = run(capsys, *command, "--steps", "3")
+    assert code == 2 and "settings.json cannot be read" in err
+
+    def other(args):  # another process writes its own in the meantime
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "settings.json").write_text(before["settings.json"].decode())
+        return negative, "cpu"
+
+    monkeypatch.setattr(edit, "load", other)
+    new = ("-o", f"{tmp_path}/new/", "--weights", tmp_path)
+    code, _, err = run(capsys, photo, "y", *new, "--steps", "3")
+    assert (
+        code == 2
+        and "instruction was 'x'" in err
+        and {*contents(tmp_path / "new")} == {"settings.json"}
+    )
+    shutil.rmtree(tmp_path / "new")
     monkeypatch.setattr(edit, "load", lambda args: int("bad weights"))
     code, _, err = run(capsys, photo, "x", "-o", f"{tmp_path}/new/", "--weights", tmp_path)
     assert code == 2 and "bad weights" in err and not (tmp_path / "new").exists()
@@ -738,6 +801,9 @@ def test_other_settings_are_refused(negative, photo, tmp_path, capsys, monkeypat
         ({"source": "1.png", "instruction": "y", "references": "a.png"}, "references are no list"),
         ({"source": "1.png", "instruction": "y", "references": ["no.png"]}, "no file .*no.png"),
         ({"source": "", "instruction": "y"}, "a path is empty"),
+        ({"source": "\ud800.png", "instruction": "y"}, "not an edit"),
+        ({"source": "a\0.png", "instruction": "y"}, "zero byte"),
+        ({"source": "1.png", "instruction": "y" + "\ud800" * 9000}, "not an edit"),
         ({"instruction": "y"}, "source"),
         ([1], "not an edit"),
         ("[" * 100000, "not an edit"),
@@ -750,6 +816,7 @@ def test_bad_rows_are_named(negative, rows, tmp_path, row, said, capsys):
     code, _, err = run(capsys, "--batch", rows, "-o", tmp_path / "out", "--weights", tmp_path)
     [line] = [line for line in err.splitlines() if "error" in line]
     assert code == 1 and line.startswith(f"edit.py: error: {rows}:2: ") and re.search(said, line)
+    assert len(line) < 1000
     assert {*contents(tmp_path)} - {*before} == {"out/settings.json", "out/0.png"}
 
 
@@ -802,6 +869,17 @@ def test_a_dialogue_by_rows_on_stdin(tiny_weights, rows, tmp_path):
     assert process.returncode == 1 and not out and "2 made" in err and "stdin:3" in err
     assert [answer.get("output") for answer in answers] == ["out/0.png", None, "out/sub/one.jpg"]
     assert "not an edit" in answers[1]["error"] and (tmp_path / "out" / "0.png").is_file()
+    row = {"source": "missing.png", "instruction": "x", "output": "again.png"}
+    lines = [json.dumps(row | {"source": name}) for name in ("missing.png", "0.png", "1.png")]
+    words = "\ufeff" + "\n".join(lines)
+    ended = subprocess.run(command, input=words, text=True, cwd=tmp_path, capture_output=True)
+    answers = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [*map(list, answers)] == [["error"], ["output", "seconds"], ["error"]]
+    assert "is the result of stdin:2 already" in answers[2]["error"]
+    ended = subprocess.run(
+        f"{sys.executable} {SCRIPT} - -o new <&-", shell=True, cwd=tmp_path, capture_output=True
+    )
+    assert ended.returncode == 0 and not ended.stderr
 
 
 def test_failing_rows_of_every_kind(negative, rows, tmp_path, monkeypatch, capsys):
@@ -946,6 +1024,24 @@ def test_damaged_exif_is_left_out_in_silence(tmp_path):
     command = [sys.executable, "-c", script]
     ended = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True)
     assert ended.returncode == 0 and not ended.stderr
+
+
+def test_a_count_that_cannot_be_is_one_line(tmp_path):
+    """PIL logs to stderr what it refuses."""
+    Image.fromarray(smooth(40, 56)).save(tmp_path / "a.tiff")
+    content, samples = (tmp_path / "a.tiff").read_bytes(), b"\x15\x01\x03\0\x01\0\0\0"  # per pixel
+    assert samples + b"\x03\0" in content
+    content = content.replace(samples + b"\x03\0", samples + b"\x03\x98")
+    (tmp_path / "a.tiff").write_bytes(content)
+    done = shell(tmp_path / "a.tiff", "x")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_seek_to_nowhere_is_a_number(photo):
+    """Damaged clips name places before their start. PyAV would print a traceback of its own."""
+    with edit.SeekableFile(photo.open("rb", buffering=0)) as file:
+        assert file.seek(3) == 3 and file.seek(-5) == -1 and file.seek(2**70) == -1
+        assert file.tell() == 3 and file.seek(-1, os.SEEK_END) == photo.stat().st_size - 1
 
 
 def test_exif_that_does_not_fit(negative, photo, tmp_path, capsys):
@@ -1146,6 +1242,17 @@ def test_varying_frame_rate(tmp_path, suffix):
     assert result.frames.shape == source.frames.shape
     moved = [abs(a - b) for a, b in zip(source.times, result.times)]
     assert max(moved[:-1]) <= Fraction(1, 100 if suffix == ".gif" else 500) and moved[-1] < 0.02
+
+
+def test_hours_between_frames_are_damage(negative, tmp_path, capsys):
+    """A time stamp with a flipped bit: MP4 has no room for 26 hours, and failed after the work."""
+    frames = smooth(32, 48, frames=5)
+    times = tuple(Fraction(n, 25) + (n > 2) * 95_000 for n in range(6))
+    write_clip(tmp_path / "a.mkv", frames, 25, Media(tmp_path, frames, Fraction(25), times=times))
+    options = ("-o", tmp_path / "b.mp4", "--weights", tmp_path)
+    code, _, err = run(capsys, tmp_path / "a.mkv", "x", *options)
+    result = read_frames(tmp_path / "b.mp4") if not code else err
+    assert code == 0 and len(result.frames) == 5 and not result.times, err
 
 
 def test_trimmed_by_an_edit_list(tmp_path):

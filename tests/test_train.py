@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -913,6 +914,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(arguments, out, capsys):
     assert train.main(arguments(1, "--steps", 4)) == 0
     names = {path.name for path in (out / "checkpoints").iterdir()}
     assert names == {"step-0000002", "step-0000004"} and len(steps(out)) == 4
+
+
+def test_a_killed_run_leaves_no_file_for_good(arguments, out):
+    """SIGKILL inside the writing of a log or a picture, which the next start writes again."""
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    out.mkdir()
+    stale = out / f".00000000-{platform.node()}-{int(ended.stdout)}.partial"
+    stale.touch()
+    assert train.main(arguments(1, "--steps", 1)) == 0
+    assert not stale.exists() and (out / "instructx").is_dir()
 
 
 def nan_in_calls(numbers, in_gradient=False):

@@ -549,6 +549,7 @@ def test_pickles_cannot_run_code(tmp_path):
     [
         ({"is_residual": True}, "Missing key"),
         ({"patch_size": 2}, "size mismatch for encoder.conv1"),
+        ({"num_res_blocks": 2**63}, "too few tensors for 9223372036854775808 blocks"),
         ({"attn_scales": [1.0]}, "has attn_scales"),
         ({"z_dim": 8}, "z_dim = 8"),
         ({"dim_mult": 3}, "config.json: "),
