@@ -154,6 +154,7 @@ class InstructX(nn.Module):
         progress=None,
         write=None,
         start=None,
+        watch=None,
     ):
         """Edits one image or clip.
 
@@ -175,6 +176,8 @@ class InstructX(nn.Module):
             start: uint8 (t, H, W, 3), the first frames of the result where they are known, as in
                 a window of a longer clip. The rest goes on from them. t is 1 + a multiple of the
                 VAE's stride in time, 4.
+            watch: called in each step with frame 0 of the result as the model then expects it,
+                uint8 (H, W, 3). Each takes the time of decoding an image.
 
         Returns an image for an image, an array for an array. Raises ValueError for unusable
         arguments, FloatingPointError for NaN or infinity.
@@ -211,9 +214,12 @@ class InstructX(nn.Module):
         source, *references = latents
         report("encode", len(latents), len(latents))
 
+        def watch_estimate(x):
+            watch(next(self.decode(x, frames.shape))[0])
+
         report("denoise", 0, steps)
         known = None if start is None else self.encode(start)                 # (1, 16, f, h, w)
-        sampling = steps, guidance, seed, progress, known
+        sampling = steps, guidance, seed, progress, known, watch and watch_estimate
         z = self.sample(context, source.shape, source, references, *sampling)
         check_finite(z, "result")                                             # (1, 16, F, h, w)
 
@@ -300,12 +306,13 @@ class InstructX(nn.Module):
         seed=0,
         progress=None,
         known=None,
+        watch=None,
     ):
         """Noise -> latents of `shape` (1, 16, F, h, w), float32.
 
         `context` has one row or, with guidance, two: instruction first, empty instruction second.
         `source` and `references` are latents. Stage 1 has no source. `known` are the first frames
-        of the result, (1, 16, f, h, w).
+        of the result, (1, 16, f, h, w). `watch` is called with each step's estimate of the result.
         """
         guidance = self.config.guidance if guidance is None else guidance
         steps = self.config.steps if steps is None else steps
@@ -320,6 +327,8 @@ class InstructX(nn.Module):
         velocity = guided(velocity, guidance if len(context) == 2 else 1)
         if known is not None:
             velocity = with_known(velocity, known)
+        if watch:
+            velocity = watched(velocity, watch)
         return self.sampler(steps).sample(velocity, noise.to(context.device), report)
 
     def velocity(self, context, shape, source, references):
@@ -657,6 +666,17 @@ def with_known(velocity, known):
         count = known.shape[2]
         straight = (z[:, :, :count] - known) / (t[0] / 1000)
         return torch.cat([straight, velocity(z, t)[:, :, count:]], dim=2)
+
+    return changed
+
+
+def watched(velocity, watch):
+    """velocity(z, t), which calls watch(x) with the data that it points to: x = z - t / 1000 v."""
+
+    def changed(z, t):
+        v = velocity(z, t)
+        watch(z - t[0] / 1000 * v)
+        return v
 
     return changed
 

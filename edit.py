@@ -1145,6 +1145,8 @@ def parse(argv):
     help = "edit all of a longer clip, in windows of --frames that share N; 1 + a multiple of 4"
     add("--overlap", "N", count, help)
     switch("--compare", "also write source and result side by side, to FILE's name and _compare")
+    help = "write how the picture comes out of the noise: what the model expects, in six steps"
+    add("--progress", "FILE", Path, help)
     add("--device", "NAME", str, "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     help = "float32 or bfloat16, for all but the VAE (default: bfloat16 on CUDA, else float32)"
     add("--dtype", "TYPE", str, help, choices=("float32", "bfloat16"))
@@ -1197,6 +1199,8 @@ def check_arguments(args):
     if is_file and not args.output.is_dir():
         raise ValueError(f"{args.output} is no folder; several edits need one")
     lengths = args.frames, args.overlap
+    if args.progress and (args.many or args.progress.suffix.lower() not in IMAGE_OPTIONS):
+        raise ValueError(f"--progress {args.progress}: a picture, such as steps.png, of one edit")
     if args.overlap and not (args.overlap < args.frames and {n % 4 for n in lengths} == {1}):
         rule = "each is 1 + a multiple of 4, and windows are longer than what they share"
         raise ValueError(f"--overlap {args.overlap} of --frames {args.frames}: {rule}")
@@ -1399,7 +1403,9 @@ def edit(args, outputs, loaded):
         frames = each_frame(args.input, args.size)
         pieces = windows(frames, source.length, args.frames, args.overlap)
     phases, done = Phases(), 0
-    with result_writer(outputs, source) as write:
+    with contextlib.ExitStack() as stack:
+        write = stack.enter_context(result_writer(outputs, source))
+        draw = args.progress and stack.enter_context(image_writer(args.progress))
         phases("load", 0, 1)
         model, phases.device = loaded()
         settings = args.steps, args.guidance, args.seed, float(source.fps or 16)
@@ -1413,10 +1419,16 @@ def edit(args, outputs, loaded):
                         write(frames[len(results)], scaled(result, (width, height)))
                     results.append(result)
 
+            expected = []  # of the first window
+            if draw and not done:
+                known["watch"] = expected.append
             shown = frames
             if size != (width, height):
                 shown = np.stack([scaled(frame, size) for frame in frames])
             model.edit(shown, args.instruction, references, *settings, phases, take, **known)
+            if expected:
+                chosen = np.linspace(0, len(expected) - 1, 6).round().astype(int)
+                draw(np.concatenate([expected[i] for i in chosen], axis=1))
             done += len(frames) - shared
             if done < source.length:
                 note(f"{args.input}: {done} of {source.length} frames are done")
@@ -1661,9 +1673,12 @@ def main(argv=None):
         if args.many:
             sys.exit(edit_many(args))
         args.input, args.folder = args.inputs[0], None
-        outputs = name_outputs(args, input_ids([args]))
+        inputs = input_ids([args])
+        outputs = name_outputs(args, inputs)
+        if args.progress and file_id(args.progress) in inputs:
+            raise ValueError(f"{args.progress} is an input, which would be lost; name another file")
         edit(args, outputs, functools.partial(load, args))
-        for path in outputs:
+        for path in (*outputs, *filter(None, [args.progress])):
             say(path, sys.stdout)
     except Exception as error:
         problem = explain(error)

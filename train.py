@@ -155,7 +155,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -953,8 +953,9 @@ class Metrics:
         page = Image.new("RGB", (1200, 800), "white")
         draw = ImageDraw.Draw(page)
         panel(draw, (0, 0), "loss", losses, width=1200)
-        for x, name, key in ((0, "norm of the gradient", "gradient"), (600, "learning rate", "lr")):
-            panel(draw, (x, 400), name, {"": [(row["step"], row[key]) for row in steps]})
+        gradient, rate = ([(row["step"], row[key]) for row in steps] for key in ("gradient", "lr"))
+        panel(draw, (0, 400), "norm of the gradient", {"": gradient})
+        panel(draw, (600, 400), "learning rate", {"": rate}, linear=True)
         with whole(self.file.with_name("curves.png")) as partial:
             page.save(partial, format="PNG")
 
@@ -962,36 +963,72 @@ class Metrics:
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
-def panel(draw, corner, title, curves, width=600, height=400, points=150, floor=0.0):
-    """One plot of curves {name: [(x, y or None)]}, each averaged down to at most `points` points.
+def panel(draw, corner, title, curves, width=600, height=400, linear=False):
+    """One plot of curves {name: [(x, y or None)]}, smoothed over what they were, with names at ends.
 
-    The y axis starts at `floor`, or lower where a curve does; None starts at the lowest curve.
+    The y axis is logarithmic if the curves span more than a factor of 5, unless `linear`.
     """
     lines = {}
     for name, curve in curves.items():
-        finite = np.array([(x, y) for x, y in curve if y is not None and math.isfinite(y)])
-        if len(finite):
-            pieces = np.array_split(finite, min(points, len(finite)))
-            lines[name] = np.array([piece.mean(axis=0) for piece in pieces])
+        finite = [(x, y) for x, y in curve if y is not None and math.isfinite(y)]
+        if finite:
+            x, y = np.array(finite, float).T
+            lines[name] = x, y, smooth(y)
     if not lines:
         return
-    everything = np.concatenate(list(lines.values()))
-    low, high = everything.min(axis=0), everything.max(axis=0)
-    low[1] = low[1] if floor is None else min(floor, low[1])
-    high = np.maximum(high, low + (1, 1e-12))
-    origin = np.array((corner[0] + 70, corner[1] + height - 40))
-    extent = np.array((width - 90, 80 - height))  # y points down
-    draw.text((origin[0], corner[1] + 12), title, "black", font_size=16)
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        (x, y), value = origin + share * extent, low + share * (high - low)
-        draw.line((origin[0], y, origin[0] + extent[0], y), "#dddddd")
-        draw.text((origin[0] - 8, y), f"{value[1]:.3g}", "black", anchor="rm", font_size=12)
-        draw.text((x, origin[1] + 8), f"{value[0]:.0f}", "black", anchor="mt", font_size=12)
-    right, top = origin + extent
-    for i, (name, line) in enumerate(lines.items()):
-        on_page = origin + (line - low) / (high - low) * extent
-        draw.line(on_page.flatten().tolist(), COLORS[i], 2)
-        draw.text((right, top + 4 + 16 * i), name, COLORS[i], anchor="rt", font_size=13)
+    smoothed = np.concatenate([values for _, _, values in lines.values()])
+    low, high = smoothed.min(), smoothed.max()
+    logarithmic = not linear and low > 0 and high > 5 * low
+    scale = np.log10 if logarithmic else np.asarray
+    low = 0.0 if not logarithmic and 0 < low < high / 2 else low
+    last = max(x[-1] for x, _, _ in lines.values())
+    first = min(x[0] for x, _, _ in lines.values())
+    left, right = corner[0] + 70, corner[0] + width - 120
+    top, bottom = corner[1] + 40, corner[1] + height - 40
+
+    def place(x, y):
+        across = (x - first) / max(last - first, 1e-12)
+        up = (scale(y) - scale(low)) / max(scale(high) - scale(low), 1e-12)
+        return left + across * (right - left), bottom - up.clip(0, 1) * (bottom - top)
+
+    draw.text((left, corner[1] + 12), title, "black", font_size=16)
+    for value in round_numbers(low, high, logarithmic):
+        y = place(first, np.float64(value))[1]
+        draw.line((left, y, right, y), "#dddddd")
+        draw.text((left - 8, y), f"{value:g}", "black", anchor="rm", font_size=12)
+    for value in round_numbers(first, last):
+        x = place(value, high)[0]
+        draw.text((x, bottom + 8), f"{value:g}", "black", anchor="mt", font_size=12)
+    ends = []
+    for (name, (x, y, values)), color in zip(lines.items(), COLORS):
+        faint = tuple(255 - (255 - level) // 4 for level in ImageColor.getrgb(color))
+        raw = place(x, np.maximum(y, low))
+        draw.line(np.stack(raw, axis=1).flatten().tolist(), faint)
+        draw.line(np.stack(place(x, values), axis=1).flatten().tolist(), color, 2)
+        ends.append((float(place(x[-1], values[-1])[1]), name, color))
+    free = -math.inf
+    for y, name, color in sorted(ends):
+        free = max(y, free + 15)  # no label on another
+        draw.text((right + 8, free), name, color, anchor="lm", font_size=13)
+
+
+def smooth(values):
+    """Means over a window of a fifteenth of the curve, less at its ends."""
+    count, half = len(values), len(values) // 30
+    sums = np.insert(np.cumsum(values), 0, 0.0)
+    first = np.maximum(np.arange(count) - half, 0)
+    last = np.minimum(np.arange(count) + half + 1, count)
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def round_numbers(low, high, logarithmic=False):
+    """Some round numbers from low to high: 1, 2 or 5 times a power of ten, or multiples of one."""
+    powers = [10.0**n for n in range(-12, 13)]
+    candidates = [factor * power for power in powers for factor in (1, 2, 5)]
+    if logarithmic:
+        return [value for value in candidates if low <= value <= high] or [low, high]
+    step = next((value for value in candidates if value >= (high - low) / 5), 1.0)
+    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def sheet(rows, side=128):

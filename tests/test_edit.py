@@ -305,7 +305,7 @@ def test_interrupt_leaves_nothing(tiny_weights, clip, tmp_path, number, code, sa
         [sys.executable, SCRIPT, clip, "x", *options],
         text=True,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell may ignore
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # which a shell may ignore
     )
     assert "has 10 frames" in process.stderr.readline()  # from here on it works for a minute
     time.sleep(1)
@@ -342,8 +342,8 @@ def test_bad_options_are_told_before_torch_is_loaded(tmp_path):
     text = shell("--help").stdout
     options = set(re.findall(r"^  (?:-o PATH, )?--(\w+)", text, re.MULTILINE))
     plain = {"ref", "instructx", "compare", "compile", "offload", "quantize", "tile"}
-    plain |= {"batch", "shard", "overlap"}
-    assert len(options) == 20 and text.count("(default:") == len(options - plain)
+    plain |= {"batch", "shard", "overlap", "progress"}
+    assert len(options) == 21 and text.count("(default:") == len(options - plain)
 
 
 def test_output_has_a_name_by_default(negative, photo, clip, tmp_path, capsys):
@@ -886,6 +886,9 @@ def test_failing_rows_of_every_kind(negative, rows, tmp_path, monkeypatch, capsy
     """No memory for one, a fault of the program in another: the third is made."""
     errors, work = [RuntimeError("CUDA out of memory"), KeyError("fault")], Negative.edit
 
+    def interrupt():
+        raise KeyboardInterrupt
+
     def fail(*arguments):
         if errors:
             raise errors.pop(0)
@@ -897,7 +900,7 @@ def test_failing_rows_of_every_kind(negative, rows, tmp_path, monkeypatch, capsy
     assert code == 1 and out == [str(tmp_path / "out" / "2.png")]
     assert "0.png: out of memory; a smaller --area" in err and "1.png: KeyError('fault')" in err
     assert {*contents(tmp_path / "out")} == {"2.png", "settings.json"}
-    monkeypatch.setattr(negative, "edit", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(negative, "edit", lambda *arguments: interrupt())
     code, _, err = run(capsys, *names, "x", "-o", tmp_path / "out", "--weights", tmp_path)
     assert code == 130 and "1 kept, 0 failed" in err and err.endswith("interrupted\n")
 
@@ -1165,6 +1168,29 @@ def test_size_and_compare(negative, photo, clip, tmp_path, capsys):
     assert np.array_equal(right, np.asarray(Image.open(tmp_path / "a.png")))
     run(capsys, clip, "x", "-o", tmp_path / "a.mp4", *options)
     assert read_frames(tmp_path / "a_compare.mp4").frames.shape == (10, 24, 64, 3)
+
+
+def test_progress_is_a_strip_of_what_the_model_expects(tiny_weights, clip, photo, tmp_path, capsys):
+    """The last picture is the result itself; a file that cannot be is told before the work."""
+    usual = ("--weights", tiny_weights, "--steps", 9, "--progress", tmp_path / "steps.png")
+    code, out, _ = run(capsys, photo, "x", "-o", tmp_path / "o.png", *usual)
+    assert code == 0 and out == [str(tmp_path / "o.png"), str(tmp_path / "steps.png")]
+    strip = np.asarray(Image.open(tmp_path / "steps.png")).reshape(40, 6, 56, 3).swapaxes(0, 1)
+    assert len({picture.tobytes() for picture in strip}) == 6
+    away = [difference(picture, Image.open(tmp_path / "o.png")) for picture in strip]
+    assert max(away) == away[0] and min(away) == away[-1] < 1
+    options = ("--frames", 9, "--overlap", 5)
+    code, _, _ = run(capsys, clip, "x", "-o", tmp_path / "o.mp4", *usual, *options)
+    assert code == 0 and Image.open(tmp_path / "steps.png").size == (6 * 64, 48)
+    for more, said in (
+        (["--progress", photo], "is an input"),
+        (["--progress", tmp_path / "a.mp4"], "a picture, such as steps.png"),
+        (["--progress", tmp_path / "no" / "a.png"], "cannot be written"),
+        (["-o", f"{tmp_path}/"], "of one edit"),
+    ):
+        arguments = (photo, "x", "-o", tmp_path / "o.png", *usual, *more)
+        code, _, err = run(capsys, *arguments)
+        assert code == 2 and err.count("\n") == 1 and said in err
 
 
 def test_folder_of_frames(tmp_path):

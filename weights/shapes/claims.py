@@ -695,11 +695,11 @@ def plot(out, claim, rows):
         return out / f"{arm.stage1}-{seed}" / "stage1"
 
     losses = curves(first_stage, "image")
-    train.panel(draw, (0, 0), "loss on image, stage 1", losses, 4 * width, height, floor=None)
+    train.panel(draw, (0, 0), "loss on image, stage 1", losses, 4 * width, height)
     for i, group in enumerate(groups, 1):
         losses = curves(functools.partial(last_stage, out), group)
         title = f"loss on {group}, last stage"
-        train.panel(draw, (0, i * height), title, losses, width, height, floor=None)
+        train.panel(draw, (0, i * height), title, losses, width, height)
         for j, key in enumerate(("success", "inside", "outside"), 1):
             values = {}
             for arm in arms:
