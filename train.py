@@ -964,7 +964,7 @@ COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
 def panel(draw, corner, title, curves, width=600, height=400, linear=False):
-    """One plot of curves {name: [(x, y or None)]}, smoothed over what they were, with names at ends.
+    """One plot of {name: [(x, y or None)]}: curves smoothed over what they were, named at ends.
 
     The y axis is logarithmic if the curves span more than a factor of 5, unless `linear`.
     """

@@ -1,0 +1,267 @@
+"""Makes the shapes model from nothing: data, base models, the three stages, scores.
+
+    python weights/shapes/make.py                # into runs/shapes; the same command goes on there
+    python weights/shapes/make.py ship           # puts the result in the place of what ships
+    python weights/shapes/make.py PART           # one part alone, such as stage2, to its end
+
+Parts run on two cores, two beside each other where neither needs the other; the stages of train.py
+run in two processes. A part that was killed goes on where it was. OUT/logs has what they print, and
+OUT/done the minutes that each took.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parents[1]
+HARD = ("hybrid", "swap", "style", "ref_swap")  # kinds of edits that take longest to learn
+
+# name: (images or clips, cases, seed, kinds; () for all)
+DATA = {
+    "images": (0, 24000, 1, ()),
+    "hard-images": (0, 18000, 2, ("hybrid", *HARD)),
+    "clips": (1, 3000, 3, ()),
+    "hard-clips": (1, 4000, 4, ("swap", *HARD)),
+}
+# name: (seed, cases) of the scores: the usual ones, and fresh ones
+HELD_OUT = {"seed-9": (9, 450), "seed-19": (19, 450)}
+CONFIG = {
+    "image_queries": 24,
+    "video_queries": 48,
+    "lora_rank": 16,
+    "lora_alpha": 16,
+    "hidden_dim": 384,
+    "mllm_frames": 9,
+    "steps": 20,
+    "guidance": 2,
+    "shift": 3,
+    "area": 65536,
+}
+
+
+@dataclass
+class Part:
+    """A piece of the recipe: how long it takes, and what has to be there before."""
+
+    minutes: float  # on one core of two (AMD EPYC with AVX-512), or on both
+    needs: tuple
+    steps: int = 0
+    cores: int = 1
+
+
+PARTS = {
+    "tokenizer": Part(1, ()),
+    "bank": Part(2, ()),
+    # Eyes first, then words, then what edits lead to.
+    "vision": Part(8, ("tokenizer", "bank"), 550),
+    "mllm": Part(65, ("vision",), 3450),
+    "instruct": Part(50, ("mllm",), 3600),
+    # Refined at once: whatever is trained on latents has to start again when they change.
+    "vae": Part(25, ("bank",), 2800),
+    "refine": Part(36, ("vae",), 2400),
+    "decoder": Part(26, ("refine",), 1900),
+    "dit": Part(28, ("decoder", "tokenizer"), 2600),
+    "data": Part(7, ("tokenizer",)),
+    "stage1": Part(6, ("instruct", "dit", "data"), 800, 2),
+    "stage2": Part(25, ("stage1",), 1600, 2),
+    "stage3": Part(170, ("stage2",), 11500, 2),
+    "scores": Part(10, ("stage3",), 0, 2),
+}
+
+
+def base(out, name):
+    """A part of pretrain.py, in this process."""
+    import pretrain
+
+    sys.argv = ["pretrain.py", name, "--out", str(out / "base")]
+    if name == "ship":
+        sys.argv += ["--trained", str(out / "stage3" / "instructx")]
+    elif PARTS[name].steps:
+        sys.argv += [f"--{name}-steps", str(PARTS[name].steps)]
+    if name in ("refine", "decoder", "instruct"):
+        sys.argv += ["--precision", "bfloat16"]
+    pretrain.main()
+
+
+def bank(out):
+    """The pictures that VAE, vision and DiT learn from, before two of them draw any."""
+    import pretrain
+
+    pretrain.bank(out / "base")
+
+
+def data(out):
+    """The edits to train on, and those to be scored on, whose combinations training never has."""
+    import world
+
+    for name, (video_share, count, seed, kinds) in DATA.items():
+        if not (out / "data" / name / "data.jsonl").exists():
+            world.make(out / "data" / name, count, video_share, seed, kinds=kinds or world.KINDS)
+    for name, (seed, count) in HELD_OUT.items():
+        if not (out / "data" / name / "data.jsonl").exists():
+            world.make(out / "data" / name, count, 0.34, seed, split="heldout")
+
+
+def stage(out, number):
+    """A stage of train.py, in one of two processes."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import train
+
+    names = ("images", "hard-images") if number == 1 else DATA
+    values = {
+        "stage": number,
+        "weights": out / "base",
+        "out": out / f"stage{number}",
+        "cache": out / "cache",
+        "steps": PARTS[f"stage{number}"].steps,
+        "image-batch": 32,
+        "video-batch": 8,
+        "micro-batch": 32,
+        "lr": 1e-3,
+        "image-shift": 3,
+        "video-shift": 3,
+        "precision": "bfloat16",
+        "warmup": 20,
+    }
+    if number > 1:
+        values["start"] = out / f"stage{number - 1}" / "instructx"
+        values |= {"muon-lr": 0.02, "change-weight": 3, "video-share": 0.35}
+    if number == 3:
+        values["schedule"] = "linear"
+    line = ["--data", *(out / "data" / name / "data.jsonl" for name in names)]
+    for name, value in values.items():
+        line += [f"--{name}", value]
+    if number == 1:
+        line += ["--config", *(f"{name}={value}" for name, value in CONFIG.items())]
+    with sdpa_kernel(SDPBackend.MATH):  # as exact, and faster than the fused one at this size
+        return train.main([*map(str, line)])
+
+
+def scores(out):
+    """Edits and judges the held-out cases -> OUT/scores-*.json and .txt."""
+    import world
+
+    weights = out / "weights"
+    weights.mkdir(exist_ok=True)
+    for name, folder in (
+        ("mllm", "base/mllm"),
+        ("vae", "base/vae"),
+        ("instructx", "stage3/instructx"),
+    ):
+        if not (weights / name).exists():
+            (weights / name).symlink_to(Path("..") / folder, target_is_directory=True)
+    for name in HELD_OUT:
+        results = out / "results" / name
+        world.edit(out / "data" / name, results, weights)
+        judged = world.score(out / "data" / name, results, world.load_vae(weights / "vae"))
+        (out / f"scores-{name}.json").write_text(json.dumps(judged, indent=1) + "\n")
+        (out / f"scores-{name}.txt").write_text(world.table(judged) + "\n")
+
+
+def run_part(out, name):
+    """One part, to its end -> exit code."""
+    sys.path[:0] = [str(HERE), str(TOP)]
+    if name.startswith("stage"):
+        return stage(out, int(name[-1]))
+    if name in ("bank", "data", "scores"):
+        return {"bank": bank, "data": data, "scores": scores}[name](out)
+    return base(out, name)
+
+
+# Running them all.
+
+
+def start(out, name):
+    """Starts a part in a process of its own, or in two."""
+    command = [sys.executable]
+    if name.startswith("stage"):
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).resolve()), name, "--out", str(out)]
+    log = open(out / "logs" / f"{name}.log", "a")
+    threads = "2" if name == "scores" else "1"
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def progress(out, name):
+    """The share of a part's steps that are done."""
+    file = out / "base" / f"{name}.jsonl"
+    if name.startswith("stage"):
+        file = out / name / "metrics.jsonl"
+    try:
+        step = json.loads(file.read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError, KeyError):
+        return 0.0
+    return min(1.0, step / (PARTS[name].steps or step))
+
+
+def minutes_left(out, waiting, running):
+    """From the minutes of the parts' table: two beside each other as long as there are two."""
+    left = {name: PARTS[name].minutes for name in waiting}
+    left |= {name: PARTS[name].minutes * (1 - progress(out, name)) for name in running}
+    both = sum(minutes for name, minutes in left.items() if PARTS[name].cores == 2)
+    single = [minutes for name, minutes in left.items() if PARTS[name].cores == 1]
+    return both + max(sum(single) / 2, max(single, default=0))
+
+
+def run_all(out):
+    """Runs all parts that are not done -> exit code."""
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    (out / "done").mkdir(exist_ok=True)
+    waiting = [name for name in PARTS if not (out / "done" / name).exists()]
+    running, began = {}, {}
+    try:
+        while waiting or running:
+            for name in list(waiting):
+                ready = all((out / "done" / need).exists() for need in PARTS[name].needs)
+                used = sum(PARTS[other].cores for other in running)
+                if ready and used + PARTS[name].cores <= 2:
+                    waiting.remove(name)
+                    running[name], began[name] = start(out, name), time.time()
+            time.sleep(1)
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    print(
+                        f"\nmake.py: {name} failed; see {out / 'logs' / name}.log", file=sys.stderr
+                    )
+                    return 1
+                minutes = (time.time() - began[name]) / 60
+                (out / "done" / name).write_text(f"{minutes:.1f} minutes\n")
+                print(f"\r{name}: {minutes:.1f} minutes", flush=True)
+            shares = ", ".join(f"{name} {100 * progress(out, name):.0f} %" for name in running)
+            if sys.stderr.isatty():
+                left = minutes_left(out, waiting, running)
+                print(f"\r{shares}; about {left:.0f} minutes left   ", end="", file=sys.stderr)
+        return 0
+    except KeyboardInterrupt:
+        print("\nmake.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "ship"], metavar="PART")
+    help = "folder for all that is made (default: runs/shapes)"
+    parser.add_argument("--out", type=Path, default=Path("runs/shapes"), help=help)
+    args = parser.parse_args()
+    out = args.out.resolve()
+    return run_part(out, args.part) if args.part else run_all(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
