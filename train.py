@@ -1300,4 +1300,9 @@ def main(arguments=None, build=build_model, validate=validate):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if PROCESSES > 1:  # at times torch's threads abort a process that ends in the usual way
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
