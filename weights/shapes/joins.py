@@ -13,7 +13,8 @@ Clips of 25 frames are edited in windows of 9, by four ways:
 For each way: errors inside and outside as world.py defines them, of the two frames at a join and of
 all others, and the jump there: how much the change from frame to frame differs from the target's,
 in levels of 255. Where the first window misses its edit, `held` carries the mistake on; so the
-errors also come without the clips in which any way misses it anywhere.
+errors also come without the clips in which any way misses it anywhere. A clip takes a minute on
+one CPU core.
 """
 
 import argparse
@@ -30,7 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import world
 
 from connector import InstructX
-from edit import number, windows
+from edit import Parser, number, windows
 from sampler import guided
 
 LENGTH, WINDOW = 25, 9
@@ -126,11 +127,14 @@ def line(name, cases):
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(prog="joins.py", description=__doc__, formatter_class=raw)
     parser.add_argument("--count", type=number(int, 1, 10**6), default=9, help="clips (default: 9)")
     parser.add_argument("--weights", type=Path, default=HERE, help="default: those beside this")
     args = parser.parse_args()
-    model = InstructX.from_pretrained(args.weights, dtype=torch.float32)
+    try:
+        model = InstructX.from_pretrained(args.weights, dtype=torch.float32)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
     ways = {"apart": (held, 0), "held 1": (held, 1), "held 5": (held, 5), "blended": (blended, 2)}
     measured = {name: [] for name in ways}
     for case in tqdm(draw(args.count), "clips"):
