@@ -611,6 +611,7 @@ def whole(path):
         unfinished.unlink(missing_ok=True)
 
 
+@functools.cache  # once per folder: with thousands of results each look takes a while
 def sweep(folder):
     """Removes what killed processes of this machine left unfinished."""
     leftovers = folder.glob(f".????????-{platform.node()}-*.partial")
@@ -733,7 +734,7 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
 
             def write(frame):
                 i = next(numbers)
-                if stamps[i] in stamps[:i]:
+                if stamps[i] == stamps[i - 1]:
                     return
                 if transparent:
                     alpha = source.alpha[i]
@@ -1228,7 +1229,7 @@ def trained_area(args):
     if not args.instructx and read_config(args.weights / "mllm_encoder"):
         return 1280 * 720  # Kiwi-Edit
     area = read_config(args.instructx or args.weights / "instructx").get("area")
-    return area if isinstance(area, int) else 0
+    return area if isinstance(area, int) and area > 0 else 0
 
 
 def read_inputs(args):
@@ -1636,7 +1637,8 @@ def keep_settings(args):
 
 def explain(error):
     """What is wrong, and what would be right, in words; None for a fault of the program."""
-    no_memory = isinstance(error, RuntimeError) and "memory" in str(error)  # torch's on a CPU
+    no_memory = r"out of memory|not enough memory|allocate memory"  # as torch says it
+    no_memory = isinstance(error, RuntimeError) and re.search(no_memory, str(error))
     if no_memory or isinstance(error, MemoryError):
         return "out of memory; a smaller --area or fewer --frames need less"
     return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
