@@ -83,7 +83,6 @@ CLIP_OPTIONS = {
     ".webp": ("webp", "libwebp_anim", "bgra", {"quality": "95"}),
     ".png": ("apng", "apng", "rgb24", {}),
 }
-KNOWN = {*IMAGE_OPTIONS, *CLIP_OPTIONS}
 ANIMATIONS = (".gif", ".webp", ".png")
 TRANSPARENT_CLIP_OPTIONS = {
     ".mov": ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
@@ -220,21 +219,20 @@ def open_image(path):
     """Gives the PIL image at `path`, None for what may be a clip. Errors inside are MediaErrors."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    image = None
     try:
-        try:
+        with contextlib.suppress(UnidentifiedImageError):
             image = Image.open(path, formats=IMAGE_FORMATS)
-        except UnidentifiedImageError:
-            image = None
         with image or contextlib.nullcontext():
             if is_preview(path, image):
                 photo = "a camera raw, HEIC or AVIF photo"
                 raise MediaError(f"{path} is {photo}; convert it to JPEG, PNG or TIFF first")
             yield image
-    except MediaError:
-        raise
     except Exception as error:  # each decoder fails in its own way
-        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
-            raise  # PyAV has its own for sizes that a damaged file claims
+        # PyAV has its own MemoryError, for sizes that a damaged file claims.
+        no_memory = isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError)
+        if no_memory or isinstance(error, MediaError):
+            raise
         problem = f"cannot be read, or is damaged or truncated ({error})"
         raise MediaError(f"{path} {problem}") from None
 
@@ -419,10 +417,11 @@ def clip_frames(container, track, media, size):
     first = next(pictures, None)
     if first is None:
         raise MediaError(f"{media.path} has no frame that can be decoded")
-    components, display = first.format.components, first.side_data.get("DISPLAYMATRIX")
+    components = first.format.components
+    lies, down, right = turn_of(first.side_data.get("DISPLAYMATRIX"))
     aspect = (not size and track.sample_aspect_ratio) or Fraction(1)
     if aspect != 1:
-        media.aspect = 1 / aspect if lies_on_side(display) else aspect
+        media.aspect = 1 / aspect if lies else aspect
     media.colors = clip_colors(first, track, media.remarks)
     transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
     bits = max(channel.bits for channel in components)
@@ -433,7 +432,9 @@ def clip_frames(container, track, media, size):
     for picture in to_rgb(pictures, layout, media.colors, media.remarks):
         stamp = None if picture.pts is None else picture.pts * picture.time_base
         lasts = (picture.duration or 0) * picture.time_base
-        frame, alpha = pixels(Image.fromarray(upright(picture.to_ndarray(), display)), size)
+        array = picture.to_ndarray()
+        array = (array.swapaxes(0, 1) if lies else array)[::down, ::right]
+        frame, alpha = pixels(Image.fromarray(array), size)
         size = frame.shape[1::-1]
         yield stamp, lasts, frame, alpha
 
@@ -517,26 +518,14 @@ def pulled(graph, picture):
 
 
 def turn_of(display_matrix):
-    """(a, b, c, d) of a clip's display matrix: pixel (x, y) is shown at (ax + cy, bx + dy)."""
+    """How a clip's display matrix turns and mirrors it -> (sides are swapped, y step, x step)."""
     if display_matrix is None:
-        return 1, 0, 0, 1
+        return False, 1, 1
+    # Pixel (x, y) is shown at (ax + cy, bx + dy).
     a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5].tolist()
-    return a, b, c, d
-
-
-def lies_on_side(display_matrix):
-    """Whether a clip's display matrix turns it by 90 or 270 degrees, which swaps its sides."""
-    a, b, _, _ = turn_of(display_matrix)
-    return abs(b) > abs(a)
-
-
-def upright(array, display_matrix):
-    """Turns an array (H, W, C) by quarters and mirrors it, as a clip's display matrix says."""
-    a, b, c, d = turn_of(display_matrix)
-    if lies_on_side(display_matrix):
-        array = array.swapaxes(0, 1)
-        a, d = c, b
-    return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    lies = abs(b) > abs(a)
+    right, down = (c, b) if lies else (a, d)
+    return lies, -1 if down < 0 else 1, -1 if right < 0 else 1
 
 
 def clip_colors(picture, track, remarks):
@@ -706,14 +695,12 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
         note(f"{suffix} is written with square pixels; those of {source.path} are not")
     if len(set(stamps)) <= length:
         note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
-    durations = dict(zip(stamps, np.diff(stamps).tolist()))
-    muxing = muxer_options(suffix, source.loop, durations[stamps[-2]] * tick)
-    opening = {"mode": "w", "format": options[0], "container_options": muxing}
+    muxing = muxer_options(suffix, source.loop, (stamps[-1] - stamps[-2]) * tick)
+    alphas, opening = source.alpha, {"format": options[0], "container_options": muxing}
+    if transparent and suffix == ".gif":  # which has no half transparent pixels
+        alphas = np.where(alphas < 128, np.uint8(0), np.uint8(255))
     try:
-        with (
-            whole(path) as unfinished,
-            closing(av.open(str(unfinished), **opening)) as container,
-        ):
+        with whole(path) as file, closing(av.open(str(file), "w", **opening)) as container:
             container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
             track = add_pictures(container, options, shape, fps, tick, source)
             if suffix not in ANIMATIONS and source.start is not None:
@@ -723,30 +710,15 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                 note(f"{suffix} holds no sound; that of {source.path} is left out")
             container.start_encoding()
             layout = "rgba" if transparent else "rgb24"
-            graph = encoder_graph(track.codec_context, layout, tick)
+            encode = picture_encoder(container, track, layout, tick, stamps)
             numbers = itertools.count()
-
-            def mux(pictures):
-                for picture in pictures:
-                    for packet in track.encode(picture):
-                        packet.duration = durations.get(packet.pts, 1)
-                        container.mux(packet)
 
             def write(frame):
                 i = next(numbers)
-                if stamps[i] == stamps[i - 1]:
-                    return
-                if transparent:
-                    alpha = source.alpha[i]
-                    if suffix == ".gif":  # which has no half transparent pixels
-                        alpha = np.where(alpha < 128, np.uint8(0), np.uint8(255))
-                    frame = without_white(frame, alpha)
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
-                picture.pts, picture.time_base = stamps[i], tick
-                mux(pulled(graph, picture))
+                encode(without_white(frame, alphas[i]) if transparent else frame, i)
 
             yield write
-            mux([*pulled(graph, None), None])
+            encode(None, None)
     except av.FFmpegError as error:
         raise OSError(f"{path} could not be written: {error.strerror}") from None
 
@@ -820,6 +792,28 @@ def encoder_graph(encoder, layout, tick):
     palette.link_to(paint, 0, 1)
     graph.configure()
     return graph
+
+
+def picture_encoder(container, track, layout, tick, stamps):
+    """-> encode(frame, i), which writes frame i of a clip; a frame of None ends the track."""
+    graph = encoder_graph(track.codec_context, layout, tick)
+    durations = dict(zip(stamps, np.diff(stamps).tolist()))
+
+    def encode(frame, i):
+        if frame is None:
+            pictures = [*pulled(graph, None), None]
+        elif stamps[i] == stamps[i - 1]:  # left out: see `schedule`
+            return
+        else:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
+            picture.pts, picture.time_base = stamps[i], tick
+            pictures = pulled(graph, picture)
+        for picture in pictures:
+            for packet in track.encode(picture):
+                packet.duration = durations.get(packet.pts, 1)
+                container.mux(packet)
+
+    return encode
 
 
 def add_other_tracks(container, source, end, note):
@@ -935,10 +929,9 @@ def read_csv(stream):
     if missing:
         raise ValueError(f"no column {', '.join(sorted(missing))}")
     for row in reader:
-        edit = {"source": row["src_video"], "target": row["tgt_video"]}
-        edit |= {"instruction": row["prompt"]}
-        edit |= {"references": [row["ref_image"]] if row.get("ref_image") else []}
-        yield reader.line_num, json.dumps(edit)
+        references = [row["ref_image"]] if row.get("ref_image") else []
+        edit = {"source": row["src_video"], "target": row["tgt_video"], "references": references}
+        yield reader.line_num, json.dumps(edit | {"instruction": row["prompt"]})
 
 
 def read_row(line, folder, files=("source",)):
@@ -1072,22 +1065,19 @@ def number(convert, least, most):
     return parse
 
 
-def width_by_height(text):
-    """A type for argparse: "832x480" -> (832, 480)."""
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 832x480")
-    return int(match[1]), int(match[2])
+def pair(sign, kind):
+    """A type for argparse: two whole numbers with a sign between them, as in "832x480"."""
+
+    def parse(text):
+        match = re.fullmatch(rf"(\d{{1,6}}){sign}(\d{{1,6}})", text)
+        if not match:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}")
+        return int(match[1]), int(match[2])
+
+    return parse
 
 
-def share(text):
-    """A type for argparse: "0/4" -> (0, 4)."""
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0/4, 1/4, 2/4 or 3/4")
-    return int(match[1]), int(match[2])
-
-
+SHARE = "a share such as 0/4, 1/4, 2/4 or 3/4"
 USAGE = 'INPUT [INPUT ...] "INSTRUCTION IN QUOTES"'
 EPILOG = f"""\
 Several edits need -o FOLDER. The model is loaded once. A result that is there is left alone, so
@@ -1105,7 +1095,7 @@ it, in .mp4, .mov and .mkv as H.264 4:4:4, which not every player shows."""
 
 
 def parse(argv):
-    """The arguments. --help shows every default; ends the program with one line on a mistake."""
+    """The arguments; --help shows every default. A mistake ends the program or is a ValueError."""
     parser = Parser(
         prog="edit.py",
         usage=f"edit.py {USAGE} [options]\n       edit.py --batch FILE -o FOLDER [options]",
@@ -1128,7 +1118,8 @@ def parse(argv):
     help = 'edits as lines of JSON, {"source": "a.png", "instruction": "..."}, and if wanted '
     help += '"references": ["b.png"], "output": "c.png", "seed": 1; - is stdin'
     add("--batch", "FILE", Path, help)
-    add("--shard", "I/N", share, "every N-th of several edits: 0/4, 1/4, 2/4 and 3/4 make all")
+    help, share = "every N-th of several edits: 0/4, 1/4, 2/4 and 3/4 make all", pair("/", SHARE)
+    add("--shard", "I/N", share, help, default=(0, 1))
     add("--ref", "IMAGE", Path, "reference image; may be repeated", action="append", default=[])
     add("--weights", "DIR", Path, "folder (default: weights/shapes)", default=DEFAULT_WEIGHTS)
     add("--instructx", "DIR", Path, "what train.py wrote, for the instructx/ in the weights folder")
@@ -1136,11 +1127,10 @@ def parse(argv):
     scale = number(float, 1, 100)
     add("--guidance", "G", scale, f"weight of the instruction; 1 is fastest {configured(5)}")
     add("--seed", "N", number(int, 0, 2**63 - 1), "of the noise (default: 0)", default=0)
-    add("--size", "WxH", width_by_height, "scale the input to this size first (default: its own)")
-    area = number(int, SMALLEST**2, LARGEST_AREA)
-    add(
-        "--area", "PIXELS", area, f"edit larger inputs at this, and scale back {configured('none')}"
-    )
+    help = "scale the input to this size first (default: its own)"
+    add("--size", "WxH", pair("x", "a size such as 832x480"), help)
+    help = f"edit larger inputs at this, and scale back {configured('none')}"
+    add("--area", "PIXELS", number(int, SMALLEST**2, LARGEST_AREA), help)
     count = number(int, 1, 10**6)
     add("--frames", "N", count, "edit the first N frames of a clip (default: 81)", default=81)
     help = "edit all of a longer clip, in windows of --frames that share N; 1 + a multiple of 4"
@@ -1158,10 +1148,7 @@ def parse(argv):
     help = "let the VAE work on squares of this side: less memory, and a slightly different result"
     add("--tile", "PIXELS", number(int, 64, LARGEST), help)
     args = parser.parse_intermixed_args(argv)
-    try:
-        interpret(args)
-    except ValueError as error:
-        parser.error(str(error))
+    interpret(args)
     return args
 
 
@@ -1180,7 +1167,10 @@ def interpret(args):
     is_folder = args.output and (args.output.endswith(("/", os.sep)) or os.path.isdir(args.output))
     args.many = bool(args.batch or len(inputs) > 1 or is_folder)
     args.output = args.output and Path(args.output)
-    if args.shard and (not args.many or args.batch == STDIN):
+    part, parts = args.shard
+    if part >= parts:
+        raise ValueError(f"--shard: '{part}/{parts}' is not {SHARE}")
+    if parts > 1 and (not args.many or args.batch == STDIN):
         raise ValueError("--shard is for several edits, but not for those of stdin")
 
 
@@ -1196,12 +1186,14 @@ def check_arguments(args):
         raise ValueError(f"there is no file {args.batch}; what comes through a pipe: --batch -")
     if args.many and not args.output:
         raise ValueError("several edits need -o FOLDER; the instruction stands in quotes")
-    is_file = args.many and (args.output.is_file() or args.output.suffix.lower() in KNOWN)
-    if is_file and not args.output.is_dir():
+    is_new = args.many and not args.output.is_dir()
+    known = {*IMAGE_OPTIONS, *CLIP_OPTIONS}
+    if is_new and (args.output.is_file() or args.output.suffix.lower() in known):
         raise ValueError(f"{args.output} is no folder; several edits need one")
-    lengths = args.frames, args.overlap
-    if args.progress and (args.many or args.progress.suffix.lower() not in IMAGE_OPTIONS):
+    wide = (".png", ".jpg", ".jpeg")  # a WebP has no room for six large pictures
+    if args.progress and (args.many or args.progress.suffix.lower() not in wide):
         raise ValueError(f"--progress {args.progress}: a picture, such as steps.png, of one edit")
+    lengths = args.frames, args.overlap
     if args.overlap and not (args.overlap < args.frames and {n % 4 for n in lengths} == {1}):
         rule = "each is 1 + a multiple of 4, and windows are longer than what they share"
         raise ValueError(f"--overlap {args.overlap} of --frames {args.frames}: {rule}")
@@ -1232,26 +1224,36 @@ def trained_area(args):
     return area if isinstance(area, int) and area > 0 else 0
 
 
-def read_inputs(args):
+@dataclass
+class Job:
+    """One edit that is asked for. All that several edits share is in the arguments."""
+
+    source: Path
+    instruction: str
+    references: list  # of paths
+    seed: int
+    output: Path | None = None  # None: the source tells the name
+
+
+def read_inputs(args, job):
     """Media of the source, [uint8 (H, W, 3)] of the references. Notes what is unusual."""
-    _, height, width = media_shape(args.input)
-    check_size(args.input, *working_size(*(args.size or (width, height)), args.area))
-    for path in args.ref:
+    _, height, width = media_shape(job.source)
+    check_size(job.source, *working_size(*(args.size or (width, height)), args.area))
+    for path in job.references:
         length, height, width = media_shape(path)
         if length > 1 or path.is_dir():
             raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
         check_size(path, width, height)
-    in_windows = args.overlap and holds_clip(args.input)
-    limits = {"kept": 1} if in_windows else {"limit": args.frames}
-    source = read_frames(args.input, size=args.size, **limits)
+    limits = {"kept": 1} if args.overlap else {"limit": args.frames}
+    source = read_frames(job.source, size=args.size, **limits)
     for remark in source.remarks:
-        note(f"{args.input} {remark}")
+        note(f"{job.source} {remark}")
     count, total = source.length, source.total
     if count < min(total, limits.get("limit", total)):
-        note(f"{args.input} has {total} frames, of which {count} can be decoded")
+        note(f"{job.source} has {total} frames, of which {count} can be decoded")
     elif count < total:
-        note(f"{args.input} has {total} frames; the first {count} are edited (see --overlap)")
-    return source, [read_frames(path).frames[0] for path in args.ref]
+        note(f"{job.source} has {total} frames; the first {count} are edited (see --overlap)")
+    return source, [read_frames(path).frames[0] for path in job.references]
 
 
 def working_size(width, height, area):
@@ -1288,26 +1290,29 @@ def file_id(path):
     return status.st_dev, status.st_ino
 
 
-def input_ids(edits):
-    """{file_id} of all that edits read."""
-    return {file_id(path) for args in edits for path in (args.input, *args.ref)} - {None}
+def input_ids(jobs):
+    """{file_id} of all that jobs read."""
+    return {file_id(path) for job in jobs for path in (job.source, *job.references)} - {None}
 
 
-def name_outputs(args, inputs):
+def name_outputs(args, job, inputs):
     """The files to write. Raises ValueError for one that cannot be, or that would be lost.
 
     inputs: {file_id} of what must not be written over.
     """
-    is_clip = holds_clip(args.input)
+    is_clip, source, output = holds_clip(job.source), job.source, job.output
     options = CLIP_OPTIONS if is_clip else IMAGE_OPTIONS
-    output = args.output
     if not output:
-        usual = ".mp4" if is_clip else ".png"
-        keeps = args.input.suffix.lower() in options and args.input.is_file()
-        suffix = args.input.suffix if keeps else usual
-        stem = args.input.stem if args.input.is_file() else args.input.name
-        named = f"{stem}{suffix}", f"{stem}-edited{suffix}"
-        output = args.folder / named[0] if args.folder else args.input.with_name(named[1])
+        stem, suffix = (source.stem, source.suffix) if source.is_file() else (source.name, "")
+        if suffix.lower() not in options:
+            suffix = ".mp4" if is_clip else ".png"
+        if args.many:
+            output = args.output / f"{stem}{suffix}"
+        else:
+            output = source.with_name(f"{stem}-edited{suffix}")
+            if output.exists():
+                problem = "exists; name another file by -o, or this one to replace it"
+                raise ValueError(f"{output} {problem}")
     outputs = [output]
     if args.compare:
         outputs.append(output.with_stem(f"{output.stem}_compare"))
@@ -1316,14 +1321,15 @@ def name_outputs(args, inputs):
             content = "a clip" if is_clip else "an image"
             known = f"known are {' '.join(options)}"
             raise ValueError(f"{path} has no known extension of {content}; {known}")
+        if path == args.progress:
+            raise ValueError(f"--progress {path} is the result; name another file")
+    for path in (*outputs, args.progress) if args.progress else outputs:
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is a folder or a device; name a file")
-        if path.exists() and file_id(path) in inputs:
+        if file_id(path) in inputs:
             raise ValueError(f"{path} is an input, which would be lost; name another file")
         if file_id(path.parent) in inputs:
             raise ValueError(f"{path} would become a frame of an input; name another folder")
-        if path.exists() and not args.output and not args.folder:
-            raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
         sweep(path.parent)
     return outputs
 
@@ -1366,76 +1372,59 @@ def scaled(frame, size):
     return pixels(Image.fromarray(frame), size)[0]
 
 
-@contextlib.contextmanager
-def result_writer(outputs, source):
-    """Gives write(frame, result) for the files of an edit: the result, and both side by side."""
-    shape = source.length, *source.frames.shape[1:]
-    wide = *shape[:2], 2 * shape[2], 3
-    beside = replace(source, alpha=None, profile={})
-    with contextlib.ExitStack() as stack:
-        if source.is_video:
-            writers = [clip_writer(outputs[0], shape, source.fps, source, note)]
-            writers += [clip_writer(path, wide, source.fps, beside) for path in outputs[1:]]
-        else:
-            writers = [image_writer(outputs[0], source, note)]
-            writers += [image_writer(path, beside) for path in outputs[1:]]
-        writers = [stack.enter_context(writer) for writer in writers]
-
-        def write(frame, result):
-            pictures = [result, np.concatenate([frame, result], axis=1)]
-            for writer, picture in zip(writers, pictures):
-                writer(picture)
-
-        yield write
+def media_writer(path, source, width, note=lambda text: None):
+    """Gives write(frame) for a file like `source`, but for its width in pixels."""
+    if not source.is_video:
+        return image_writer(path, source, note)
+    shape = source.length, source.frames.shape[1], width, 3
+    return clip_writer(path, shape, source.fps, source, note)
 
 
-def edit(args, outputs, loaded):
-    """Makes one edit, of args.input. loaded() -> (model, device), called once all else is fine."""
-    source, references = read_inputs(args)
+def edit(args, job, outputs, loaded):
+    """Makes one edit -> its times and memory in lines of text.
+
+    loaded() -> (model, device) is called once all else is fine.
+    """
+    source, references = read_inputs(args, job)
     height, width = source.frames.shape[1:3]
     size = working_size(width, height, args.area)
     if size != (width, height):
         sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
-        note(f"{args.input} is edited at {sizes} (see --area)")
+        note(f"{job.source} is edited at {sizes} (see --area)")
         if args.weights == DEFAULT_WEIGHTS:
             note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
-    pieces = [(source.frames, 0)]
-    if args.overlap and source.is_video:
-        frames = each_frame(args.input, args.size)
-        pieces = windows(frames, source.length, args.frames, args.overlap)
-    phases, done = Phases(), 0
+    in_windows = args.overlap and source.is_video
+    frames = each_frame(job.source, args.size) if in_windows else source.frames
+    phases, done, results, expected = Phases(), 0, [], []
     with contextlib.ExitStack() as stack:
-        write = stack.enter_context(result_writer(outputs, source))
+        write = stack.enter_context(media_writer(outputs[0], source, width, note))
+        if args.compare:
+            both = media_writer(outputs[1], replace(source, alpha=None, profile={}), 2 * width)
+            write_both = stack.enter_context(both)
         draw = args.progress and stack.enter_context(image_writer(args.progress))
         phases("load", 0, 1)
         model, phases.device = loaded()
-        settings = args.steps, args.guidance, args.seed, float(source.fps or 16)
-        for frames, shared in pieces:
+        settings = args.steps, args.guidance, job.seed, float(source.fps or 16), phases
+        for window, shared in windows(frames, source.length, args.frames, args.overlap):
             known = {"start": np.stack(results[-shared:])} if shared else {}
-            results = []  # of this window
-
-            def take(piece):
-                for result in piece:
-                    if len(results) >= shared:
-                        write(frames[len(results)], scaled(result, (width, height)))
-                    results.append(result)
-
-            expected = []  # of the first window
             if draw and not done:
                 known["watch"] = expected.append
-            shown = frames
-            if size != (width, height):
-                shown = np.stack([scaled(frame, size) for frame in frames])
-            model.edit(shown, args.instruction, references, *settings, phases, take, **known)
-            if expected:
-                chosen = np.linspace(0, len(expected) - 1, 6).round().astype(int)
-                draw(np.concatenate([expected[i] for i in chosen], axis=1))
-            done += len(frames) - shared
+            results, shown = [], np.stack([scaled(frame, size) for frame in window])
+            words = job.instruction, references
+            model.edit(shown, *words, *settings, results.extend, **known)
+            for frame, result in zip(window[shared:], results[shared:]):
+                result = scaled(result, (width, height))
+                write(result)
+                if args.compare:
+                    write_both(np.concatenate([frame, result], axis=1))
+            done += len(window) - shared
             if done < source.length:
-                note(f"{args.input}: {done} of {source.length} frames are done")
+                note(f"{job.source}: {done} of {source.length} frames are done")
+        if draw:
+            chosen = np.linspace(0, len(expected) - 1, 6).round().astype(int)
+            draw(np.concatenate([expected[i] for i in chosen], axis=1))
     phases.end()
-    if not args.many:
-        say(phases.table(), sys.stderr)
+    return phases.table()
 
 
 def windows(frames, total, length, overlap):
@@ -1454,40 +1443,41 @@ def windows(frames, total, length, overlap):
         done += len(window) - shared
 
 
-def one_edit(args, source, references=(), output=None, seed=None):
-    """The arguments of one of several edits."""
-    row = {"input": source, "ref": references or args.ref, "output": output, "folder": args.output}
-    return argparse.Namespace(**vars(args) | row | {"seed": args.seed if seed is None else seed})
+def read_job(args, line):
+    """A row of --batch -> Job. Raises ValueError."""
+    row = read_row(line, args.batch.parent)
+    if not row["instruction"].strip():
+        raise ValueError("the instruction is empty; say what to do")
+    seed = args.seed if row.get("seed") is None else row["seed"]
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"the seed {seed!r} is not a whole number from 0 to {2**63 - 1}")
+    output = row.get("output")
+    if output is not None:
+        # Rows come from anywhere, and must not reach files outside.
+        is_relative = isinstance(output, str) and output and not Path(output).is_absolute()
+        if not is_relative or ".." in Path(output).parts:
+            problem = f"is not a file inside of {args.output}, named relative to it"
+            raise ValueError(f"the output {output!r} {problem}")
+        output = args.output / output
+    return Job(row["source"], row["instruction"], row["references"] or args.ref, seed, output)
 
 
-def read_edits(args):
-    """Yields (name, arguments of one edit, or a ValueError that says why there are none)."""
+def read_jobs(args):
+    """Yields (name, Job, or a ValueError that says why there is none) of several edits."""
     for path in args.inputs:
-        yield str(path), one_edit(args, path)
-    lines = ()
-    if args.batch:
-        spoken = ((i, line) for i, line in enumerate(sys.stdin or (), 1) if line.strip())
-        lines = spoken if args.batch == STDIN else read_lines(args.batch)
+        yield str(path), Job(path, args.instruction, args.ref, args.seed)
+    lines, name = (), args.batch
+    if args.batch == STDIN:
+        lines, name = enumerate(sys.stdin, 1), "stdin"
+    elif args.batch:
+        lines = read_lines(args.batch)
     for i, line in lines:
-        try:
-            row = read_row(line, args.batch.parent)
-            output, seed = row.get("output"), row.get("seed")
-            if not row["instruction"].strip():
-                raise ValueError("the instruction is empty; say what to do")
-            if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
-                raise ValueError(f"the seed {seed!r} is not a whole number from 0 to {2**63 - 1}")
-            if output is not None:
-                # Rows come from anywhere, and must not reach files outside.
-                if not isinstance(output, str) or not output or ".." in Path(output).parts:
-                    raise ValueError(f"the output {output!r} is not a file inside of {args.output}")
-                if Path(output).is_absolute():
-                    raise ValueError(f"the output {output} should be relative to {args.output}")
-                output = args.output / output
-            edit = one_edit(args, row["source"], row["references"], output, seed)
-            edit.instruction = row["instruction"]
-        except ValueError as error:
-            edit = error
-        yield f"{'stdin' if args.batch == STDIN else args.batch}:{i}", edit
+        if line.strip():
+            try:
+                job = read_job(args, line)
+            except ValueError as error:
+                job = error
+            yield f"{name}:{i}", job
 
 
 class Tally:
@@ -1513,8 +1503,12 @@ class Tally:
             say(path, sys.stdout)
 
     def keep(self, outputs):
-        self.kept += 1
-        self.answer(output=str(outputs[0]))
+        """Whether the results are there. The first of them is the last that gets its name."""
+        if outputs[0].exists():
+            self.kept += 1
+            self.answer(output=str(outputs[0]))
+            return True
+        return False
 
     def fail(self, name, error):
         self.failed += 1
@@ -1534,29 +1528,27 @@ class Tally:
 
 
 def to_do(args, tally):
-    """Yields (name, arguments, outputs) of the edits to make. Tallies the others."""
-    edits = read_edits(args)
+    """Yields (name, Job, outputs) of the edits to make. Tallies the others of this share."""
+    jobs = read_jobs(args)
     if args.batch != STDIN:
-        edits = list(edits)
-        inputs = input_ids(edit for _, edit in edits if not isinstance(edit, ValueError))
-    part, parts = args.shard or (0, 1)
-    for number, (name, edit) in enumerate(edits):
+        jobs = list(jobs)
+        inputs = input_ids(job for _, job in jobs if isinstance(job, Job))
+    part, parts = args.shard
+    for number, (name, job) in enumerate(jobs):
+        is_ours = number % parts == part
         try:
-            if isinstance(edit, ValueError):
-                raise edit
-            if edit.output:
-                tally.claim(name, [edit.output])  # whatever else is wrong
-            outputs = name_outputs(edit, input_ids([edit]) if args.batch == STDIN else inputs)
+            if isinstance(job, ValueError):
+                raise job
+            if job.output:
+                tally.claim(name, [job.output])  # whatever else is wrong
+            outputs = name_outputs(args, job, input_ids([job]) if args.batch == STDIN else inputs)
             tally.claim(name, outputs)
         except Exception as error:
-            if number % parts == part:
+            if is_ours:
                 tally.fail(name, error)
             continue
-        if number % parts == part:
-            if outputs[0].exists():  # it is renamed last
-                tally.keep(outputs)
-            else:
-                yield name, edit, outputs
+        if is_ours and not tally.keep(outputs):
+            yield name, job, outputs
 
 
 def edit_many(args):
@@ -1567,20 +1559,19 @@ def edit_many(args):
     check_settings(args)
     tally, loaded = Tally(args), functools.cache(functools.partial(load, args))
     try:
-        edits = to_do(args, tally)
+        jobs = to_do(args, tally)
         if args.batch != STDIN:
-            edits = tqdm(list(edits), "edits", leave=False, disable=None)
-        for name, edit_args, outputs in edits:
+            jobs = tqdm(list(jobs), "edits", leave=False, disable=None)
+        for name, job, outputs in jobs:
             if not tally.seconds:
                 loaded()
-                keep_settings(args)
-            if outputs[0].exists():  # another process was faster
-                tally.keep(outputs)
+                check_settings(args, write=True)
+            if tally.keep(outputs):  # another process was faster
                 continue
             began = time.perf_counter()
             try:
-                make_folder(outputs[0].parent)
-                edit(edit_args, outputs, loaded)
+                outputs[0].parent.mkdir(parents=True, exist_ok=True)
+                edit(args, job, outputs, loaded)
             except Exception as error:
                 tally.fail(name, error)
             else:
@@ -1591,29 +1582,19 @@ def edit_many(args):
     return 1 if tally.failed else 0
 
 
-def make_folder(path):
-    """Makes a folder unless it is there. Raises OSError in words."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{path} cannot be made a folder ({error.strerror})") from None
-
-
 # What decides a result, beside its own row. The device is not among them: shards may differ in it.
 SETTINGS = ("weights", "instructx", "instruction", "ref", "steps", "guidance", "seed", "size")
 SETTINGS += ("area", "frames", "overlap", "compare", "dtype", "compile", "quantize", "tile")
 
 
-def check_settings(args):
-    """What all results of a folder have in common, {name: value} as JSON gives it back.
+def check_settings(args, write=False):
+    """Raises ValueError if FOLDER/settings.json has other settings. `write` makes a missing one.
 
-    Raises ValueError if it holds results of other settings.
+    dtype counts once the model is loaded, as its default depends on the device.
     """
-    values = {name: getattr(args, name) for name in SETTINGS}
-    values = json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
-    if args.dtype is None:
-        del values["dtype"]  # depends on the device, as `load` will tell
     file = args.output / "settings.json"
+    values = {name: getattr(args, name) for name in SETTINGS if name != "dtype" or args.dtype}
+    values = json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
     if file.exists():
         earlier = read_config(args.output, file.name)
         if not earlier:
@@ -1623,16 +1604,10 @@ def check_settings(args):
                 change = f"{name} was {earlier.get(name)!r} and is {value!r}"
                 problem = f"{args.output} holds results of other settings ({change})"
                 raise ValueError(f"{problem}; name another folder")
-    return values
-
-
-def keep_settings(args):
-    """Writes FOLDER/settings.json, or raises ValueError if it has become another by now."""
-    settings, file = check_settings(args), args.output / "settings.json"
-    if not file.exists():
-        make_folder(args.output)
+    elif write:
+        args.output.mkdir(parents=True, exist_ok=True)
         with whole(file) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=1) + "\n")
+            unfinished.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def explain(error):
@@ -1645,9 +1620,23 @@ def explain(error):
 
 
 def stop(number, _):
-    """Ends the program on a signal; what is unfinished is removed on the way out."""
     note("terminated")
     sys.exit(128 + number)
+
+
+def prepare_process():
+    """Lets names be read and printed in any locale, and signals be exceptions that clean up."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, "r+"))
+    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
+        if hasattr(stream, "reconfigure"):  # not where a test has replaced it
+            stream.reconfigure(encoding=encoding, errors="surrogateescape")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
+            signal.signal(getattr(signal, name), stop)
 
 
 def main(argv=None):
@@ -1656,30 +1645,17 @@ def main(argv=None):
     Exit code 1 if some of several edits failed, 2 after one line on what is wrong, 130 after
     Ctrl-C, 143 after SIGTERM, and 129 when the terminal closes.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller closed it
-            setattr(sys, name, open(os.devnull, "w"))
-    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
-        if hasattr(stream, "reconfigure"):  # names come and go as they are, in any locale
-            stream.reconfigure(encoding=encoding, errors="surrogateescape")
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
-            signal.signal(getattr(signal, name), stop)
-    args = parse(argv)
+    prepare_process()
     try:
+        args = parse(argv)
         check_arguments(args)
         if args.area is None:
             args.area = trained_area(args)
         if args.many:
             sys.exit(edit_many(args))
-        args.input, args.folder = args.inputs[0], None
-        inputs = input_ids([args])
-        outputs = name_outputs(args, inputs)
-        if args.progress and file_id(args.progress) in inputs:
-            raise ValueError(f"{args.progress} is an input, which would be lost; name another file")
-        edit(args, outputs, functools.partial(load, args))
+        job = Job(args.inputs[0], args.instruction, args.ref, args.seed, args.output)
+        outputs = name_outputs(args, job, input_ids([job]))
+        say(edit(args, job, outputs, functools.partial(load, args)), sys.stderr)
         for path in (*outputs, *filter(None, [args.progress])):
             say(path, sys.stdout)
     except Exception as error:

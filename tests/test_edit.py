@@ -1187,6 +1187,8 @@ def test_progress_is_a_strip_of_what_the_model_expects(tiny_weights, clip, photo
     for more, said in (
         (["--progress", photo], "is an input"),
         (["--progress", tmp_path / "a.mp4"], "a picture, such as steps.png"),
+        (["--progress", tmp_path / "a.webp"], "a picture, such as steps.png"),  # too wide for it
+        (["--progress", tmp_path / "o.png"], "o.png is the result"),
         (["--progress", tmp_path / "no" / "a.png"], "cannot be written"),
         (["-o", f"{tmp_path}/"], "of one edit"),
     ):
