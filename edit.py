@@ -429,7 +429,7 @@ def clip_frames(container, track, media, size):
         media.remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
     layout = "rgba" if transparent else "rgb24"
     pictures = itertools.chain([first], pictures)
-    for picture in to_rgb(pictures, layout, media.colors, media.remarks):
+    for picture in to_rgb(pictures, layout, media):
         stamp = None if picture.pts is None else picture.pts * picture.time_base
         lasts = (picture.duration or 0) * picture.time_base
         array = picture.to_ndarray()
@@ -478,23 +478,24 @@ def decode(container, track):
                 raise
 
 
-def to_rgb(pictures, layout, colors, remarks):
+def to_rgb(pictures, layout, media):
     """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
-    graph = buffer = interlaced = None
+    graph = buffer = None
+    interlaced = False
     for picture in pictures:
-        interlaced = interlaced or picture.interlaced_frame
+        if picture.interlaced_frame and not interlaced:
+            interlaced = True
+            media.remarks.append("is interlaced; the result is not")
         previous, buffer = buffer, (picture.width, picture.height, picture.format.name, interlaced)
         if buffer != previous:  # seldom after the first
             yield from pulled(graph, None) if graph else ()
             scale = EXACT
             if not picture.format.is_rgb:
-                matrix = (colors or default_colors(picture.width, picture.height))[0]
+                matrix = (media.colors or default_colors(picture.width, picture.height))[0]
                 limits = "full" if picture.color_range == FULL_RANGE else "auto"
                 scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
             graph = filter_graph(*buffer, picture.time_base, scale, layout)
         yield from pulled(graph, picture)
-    if interlaced:
-        remarks.append("is interlaced; the result is not")
     yield from pulled(graph, None)
 
 
@@ -831,8 +832,7 @@ def add_other_tracks(container, source, end, note):
             if track.index == pictures.index or track.type == "data":
                 continue
             for codec in ways.get(track.type, ()):
-                readable = codec is None or track.codec_context
-                if readable and fits(container.format.name, source, {track.index: codec}, end):
+                if fits(container.format.name, source, {track.index: codec}, end):
                     codecs[track.index] = codec
                     break
             else:
@@ -1274,11 +1274,11 @@ def check_size(path, width, height):
     short, long = sorted((width, height))
     narrow = long >= MOST_NARROW * short
     if narrow or not SMALLEST <= short <= long <= LARGEST or short * long > LARGEST_AREA:
-        sides = f"sides must have {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all"
-        ratio = f"the longer less than {MOST_NARROW} times the shorter"
-        problem = f"is too small, large or narrow: {sides}, {ratio}"
-        remedy = "scale it first (--size WxH or --area PIXELS scale the INPUT)"
-        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
+        raise MediaError(
+            f"{path} at {width}x{height} is too small, large or narrow: sides must have {SMALLEST} "
+            f"to {LARGEST} pixels, {LARGEST_AREA} in all, the longer less than {MOST_NARROW} times "
+            "the shorter; scale it first (--size WxH or --area PIXELS scale the INPUT)"
+        )
 
 
 def file_id(path):
@@ -1296,10 +1296,7 @@ def input_ids(jobs):
 
 
 def name_outputs(args, job, inputs):
-    """The files to write. Raises ValueError for one that cannot be, or that would be lost.
-
-    inputs: {file_id} of what must not be written over.
-    """
+    """The files to write. Raises ValueError for one that cannot be, or that is among `inputs`."""
     is_clip, source, output = holds_clip(job.source), job.source, job.output
     options = CLIP_OPTIONS if is_clip else IMAGE_OPTIONS
     if not output:
@@ -1311,19 +1308,17 @@ def name_outputs(args, job, inputs):
         else:
             output = source.with_name(f"{stem}-edited{suffix}")
             if output.exists():
-                problem = "exists; name another file by -o, or this one to replace it"
-                raise ValueError(f"{output} {problem}")
+                raise ValueError(f"{output} exists; -o names another file, or this to replace it")
     outputs = [output]
     if args.compare:
         outputs.append(output.with_stem(f"{output.stem}_compare"))
     for path in outputs:
         if path.suffix.lower() not in options:
-            content = "a clip" if is_clip else "an image"
-            known = f"known are {' '.join(options)}"
-            raise ValueError(f"{path} has no known extension of {content}; {known}")
+            kind = f"{'a clip' if is_clip else 'an image'}; known are {' '.join(options)}"
+            raise ValueError(f"{path} has no known extension of {kind}")
         if path == args.progress:
             raise ValueError(f"--progress {path} is the result; name another file")
-    for path in (*outputs, args.progress) if args.progress else outputs:
+    for path in filter(None, (*outputs, args.progress)):
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is a folder or a device; name a file")
         if file_id(path) in inputs:
@@ -1404,14 +1399,14 @@ def edit(args, job, outputs, loaded):
         draw = args.progress and stack.enter_context(image_writer(args.progress))
         phases("load", 0, 1)
         model, phases.device = loaded()
-        settings = args.steps, args.guidance, job.seed, float(source.fps or 16), phases
+        given = job.instruction, references, args.steps, args.guidance, job.seed
+        given = *given, float(source.fps or 16), phases
         for window, shared in windows(frames, source.length, args.frames, args.overlap):
             known = {"start": np.stack(results[-shared:])} if shared else {}
             if draw and not done:
                 known["watch"] = expected.append
             results, shown = [], np.stack([scaled(frame, size) for frame in window])
-            words = job.instruction, references
-            model.edit(shown, *words, *settings, results.extend, **known)
+            model.edit(shown, *given, results.extend, **known)
             for frame, result in zip(window[shared:], results[shared:]):
                 result = scaled(result, (width, height))
                 write(result)
@@ -1503,12 +1498,12 @@ class Tally:
             say(path, sys.stdout)
 
     def keep(self, outputs):
-        """Whether the results are there. The first of them is the last that gets its name."""
-        if outputs[0].exists():
+        """Whether the results are there; the first of them gets its name last."""
+        is_there = outputs[0].exists()
+        if is_there:
             self.kept += 1
             self.answer(output=str(outputs[0]))
-            return True
-        return False
+        return is_there
 
     def fail(self, name, error):
         self.failed += 1
@@ -1656,7 +1651,7 @@ def main(argv=None):
         job = Job(args.inputs[0], args.instruction, args.ref, args.seed, args.output)
         outputs = name_outputs(args, job, input_ids([job]))
         say(edit(args, job, outputs, functools.partial(load, args)), sys.stderr)
-        for path in (*outputs, *filter(None, [args.progress])):
+        for path in filter(None, (*outputs, args.progress)):
             say(path, sys.stdout)
     except Exception as error:
         problem = explain(error)

@@ -1698,9 +1698,10 @@ def test_bits_and_fields_are_said(negative, tmp_path, capsys):
     x264 = ("-c:v", "libx264", "-flags", "+ildct+ilme", "-x264opts", "tff=1")
     film(tmp_path / "int.mp4", "-vf", woven, *x264, rate=50, size="160x96")
     for name, said in (("ten.mov", "10 bits"), ("int.mp4", "interlaced")):
-        options = ("-o", tmp_path / "out.mp4", "--weights", tmp_path)
-        code, _, err = run(capsys, tmp_path / name, "x", *options)
-        assert code == 0 and said in err
+        for frames in (81, 4):
+            options = ("-o", tmp_path / "out.mp4", "--weights", tmp_path, "--frames", frames)
+            code, _, err = run(capsys, tmp_path / name, "x", *options)
+            assert code == 0 and said in err
     media = read_frames(tmp_path / "int.mp4")
     assert media.frames.shape == (25, 96, 160, 3) and media.fps == 25 and not media.times
 
