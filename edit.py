@@ -145,177 +145,26 @@ class Media:
         return self.fps is not None
 
 
-# Media in
+# Images in
 
 
-def read_frames(path, limit=None, size=None, kept=None):
-    """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of numbers).
-
-    Args:
-        limit: at most so many frames are decoded. None for all.
-        size: (width, height) to which every frame is scaled. None for its own.
-        kept: of a clip, only so many frames are returned; `each_frame` gives all of them.
-
-    Returns: Media. Frames are turned as the file says, and laid on white where transparent.
-    Raises FileNotFoundError, or MediaError for anything else than a whole image or clip.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return read_folder(path, limit, size, kept)
-    with open_image(path) as image:
-        if image is None:
-            return read_clip(path, limit, size, kept)
-        if frame_count(image) > 1:
-            return read_animation(path, image, limit, size, kept)
-        return read_image(path, image, size)
+def unless_opaque(alphas):
+    """[uint8 (H, W)] -> (T, H, W), or None where nothing is transparent."""
+    opaque = all(alpha.min() == 255 for alpha in alphas)
+    return None if opaque else np.stack(alphas)
 
 
-def each_frame(path, size=None):
-    """Yields the frames of a clip, uint8 (H, W, 3), one by one. Arguments and errors as above."""
-    if path.is_dir():
-        for file in frame_files(path):
-            yield read_frames(file, 1, size).frames[0]
-        return
-    with open_image(path) as image:
-        if image is None:
-            with open_clip(path) as (container, track):
-                for _, _, frame, _ in clip_frames(container, track, Media(path, None), size):
-                    yield frame
-        else:
-            for _, frame, _ in animation_frames(image, size):
-                yield frame
-
-
-def media_shape(path):
-    """(T, H, W) of what `read_frames` reads, by headers if possible. Raises the same errors."""
-    path = Path(path)
-    if path.is_dir():
-        files = frame_files(path)
-        return len(files), *media_shape(files[0])[1:]
-    with open_image(path) as image:
-        if image is None:
-            clip = read_clip(path, 1)
-            return clip.total, *clip.frames.shape[1:3]
-        length = frame_count(image)
-        # A PNG's EXIF counts only before its pixels, so that none need be decoded.
-        lies = length == 1 and Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
-        lies = lies and image.format != "TIFF"  # of which PIL tells the turned size
-        return length, *(image.size if lies else image.size[::-1])
-
-
-def holds_clip(path):
-    """Whether `read_frames` takes a path for a clip, by headers. Raises the same errors."""
-    if path.is_dir():
-        return bool(frame_files(path))
-    with open_image(path) as image:
-        if image is None:
-            with open_clip(path):
-                return True
-        return frame_count(image) > 1
-
-
-@contextlib.contextmanager
-def open_image(path):
-    """Gives the PIL image at `path`, None for what may be a clip. Errors inside are MediaErrors."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    image = None
+def to_srgb(image, icc):
+    """Converts a PIL image by its color profile, unless that is damaged or of other colors."""
+    image = image.convert("RGBA") if image.mode == "P" else image
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     try:
-        with contextlib.suppress(UnidentifiedImageError):
-            image = Image.open(path, formats=IMAGE_FORMATS)
-        with image or contextlib.nullcontext():
-            if is_preview(path, image):
-                photo = "a camera raw, HEIC or AVIF photo"
-                raise MediaError(f"{path} is {photo}; convert it to JPEG, PNG or TIFF first")
-            yield image
-    except Exception as error:  # each decoder fails in its own way
-        # PyAV has its own MemoryError, for sizes that a damaged file claims.
-        no_memory = isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError)
-        if no_memory or isinstance(error, MediaError):
-            raise
-        problem = f"cannot be read, or is damaged or truncated ({error})"
-        raise MediaError(f"{path} {problem}") from None
-
-
-def is_preview(path, image):
-    """Whether only a preview or a tile of a photo would be opened. Most camera raws are TIFFs."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    if image and image.format == "TIFF":
-        tags = image.tag_v2
-        return tags.get(NEW_SUBFILE_TYPE, 0) & 1 or DNG_VERSION in tags or head[8:10] == b"CR"
-    return head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS
-
-
-def frame_count(image):
-    """The number of frames of an open PIL image; 1 for a format that is never animated."""
-    return image.n_frames if image.format in ANIMATED_FORMATS else 1
-
-
-def frame_files(path):
-    """The images of a folder, frame_2.png before frame_10.png, without hidden ones."""
-
-    def by_numbers(file):
-        pieces = re.split(r"(\d+)", file.name)
-        return [int(piece) if piece.isdecimal() else piece for piece in pieces]
-
-    files = [file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_OPTIONS]
-    if not files:
-        raise MediaError(f"{path} is a folder without images")
-    return sorted(files, key=by_numbers)
-
-
-def read_folder(path, limit, size, kept):
-    """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
-    files = frame_files(path)
-    total, files = len(files), files[:limit]
-    if len({media_shape(file)[1:] for file in files}) != 1:
-        raise MediaError(f"{path} is not a folder of images of one size")
-    frames = [read_frames(file, 1, size).frames[0] for file in files[:kept]]
-    return Media(path, np.stack(frames), len(files), fps=Fraction(16), total=total)
-
-
-def read_image(path, image, size):
-    """A PIL image -> Media of one frame, with its transparency, color profile and EXIF."""
-    profile = {}
-    ImageOps.exif_transpose(image, in_place=True)
-    with contextlib.suppress(Exception):  # damaged EXIF is left out
-        exif = image.getexif()
-        for tag in set(exif) - TIFF_TAGS if image.format == "TIFF" else ():
-            del exif[tag]
-        if len(exif):
-            profile["exif"] = exif.tobytes()
-    icc = image.info.get("icc_profile") or b""
-    if icc[16:20] == b"RGB ":  # CMYK and grey become sRGB, as the result is RGB
-        profile["icc_profile"] = icc
-    frame, alpha = pixels(image, size, None if profile.get("icc_profile") else icc)
-    return Media(path, frame[None], alpha=unless_opaque([alpha]), profile=profile)
-
-
-def read_animation(path, image, limit, size, kept):
-    """An animated PNG, WebP or GIF -> Media."""
-    frames, alphas, durations = [], [], []
-    for duration, frame, alpha in itertools.islice(animation_frames(image, size), limit):
-        durations.append(duration)
-        alphas.append(alpha)
-        if kept is None or len(frames) < kept:
-            frames.append(frame)
-    times, length = (0, *itertools.accumulate(durations)), len(durations)
-    fps = (length / times[-1]).limit_denominator(1001)
-    if max(durations) - min(durations) <= Fraction(1, 100):  # GIF counts in hundredths of a second
-        times = ()
-    loop = image.info.get("loop", 1)  # a GIF without it plays once
-    alpha, frames = unless_opaque(alphas), np.stack(frames)
-    return Media(path, frames, length, fps, image.n_frames, times, alpha, loop=loop)
-
-
-def animation_frames(image, size):
-    """Yields (seconds, frame, alpha) of an animation; frame and alpha as `pixels` gives them."""
-    icc = image.info.get("icc_profile")
-    for picture in ImageSequence.Iterator(image):
-        picture.load()  # before, WebP tells no duration
-        milliseconds = picture.info.get("duration") or 100  # browsers too show 0 as 100
-        yield Fraction(milliseconds) / 1000, *pixels(picture, size, icc)
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, profile, srgb, intent, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
 
 
 def pixels(image, size=None, icc=None):
@@ -341,23 +190,88 @@ def pixels(image, size=None, icc=None):
     return np.asarray(white.convert("RGB")), np.asarray(image.getchannel("A"))
 
 
-def unless_opaque(alphas):
-    """[uint8 (H, W)] -> (T, H, W), or None where nothing is transparent."""
-    opaque = all(alpha.min() == 255 for alpha in alphas)
-    return None if opaque else np.stack(alphas)
+def frame_count(image):
+    """The number of frames of an open PIL image; 1 for a format that is never animated."""
+    return image.n_frames if image.format in ANIMATED_FORMATS else 1
 
 
-def to_srgb(image, icc):
-    """Converts a PIL image by its color profile, unless that is damaged or of other colors."""
-    image = image.convert("RGBA") if image.mode == "P" else image
-    mode = "RGBA" if image.mode == "RGBA" else "RGB"
-    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+def is_preview(path, image):
+    """Whether only a preview or a tile of a photo would be opened. Most camera raws are TIFFs."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if image and image.format == "TIFF":
+        tags = image.tag_v2
+        return tags.get(NEW_SUBFILE_TYPE, 0) & 1 or DNG_VERSION in tags or head[8:10] == b"CR"
+    return head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """Gives the PIL image at `path`, None for what may be a clip. Errors inside are MediaErrors."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    image = None
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, profile, srgb, intent, outputMode=mode)
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return image
+        with contextlib.suppress(UnidentifiedImageError):
+            image = Image.open(path, formats=IMAGE_FORMATS)
+        with image or contextlib.nullcontext():
+            if is_preview(path, image):
+                photo = "a camera raw, HEIC or AVIF photo"
+                raise MediaError(f"{path} is {photo}; convert it to JPEG, PNG or TIFF first")
+            yield image
+    except Exception as error:  # each decoder fails in its own way
+        # PyAV has its own MemoryError, for sizes that a damaged file claims.
+        no_memory = isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError)
+        if no_memory or isinstance(error, MediaError):
+            raise
+        problem = f"cannot be read, or is damaged or truncated ({error})"
+        raise MediaError(f"{path} {problem}") from None
+
+
+def read_image(path, image, size):
+    """A PIL image -> Media of one frame, with its transparency, color profile and EXIF."""
+    profile = {}
+    ImageOps.exif_transpose(image, in_place=True)
+    with contextlib.suppress(Exception):  # damaged EXIF is left out
+        exif = image.getexif()
+        for tag in set(exif) - TIFF_TAGS if image.format == "TIFF" else ():
+            del exif[tag]
+        if len(exif):
+            profile["exif"] = exif.tobytes()
+    icc = image.info.get("icc_profile") or b""
+    if icc[16:20] == b"RGB ":  # CMYK and grey become sRGB, as the result is RGB
+        profile["icc_profile"] = icc
+    frame, alpha = pixels(image, size, None if profile.get("icc_profile") else icc)
+    return Media(path, frame[None], alpha=unless_opaque([alpha]), profile=profile)
+
+
+def animation_frames(image, size):
+    """Yields (seconds, frame, alpha) of an animation; frame and alpha as `pixels` gives them."""
+    icc = image.info.get("icc_profile")
+    for picture in ImageSequence.Iterator(image):
+        picture.load()  # before, WebP tells no duration
+        milliseconds = picture.info.get("duration") or 100  # browsers too show 0 as 100
+        yield Fraction(milliseconds) / 1000, *pixels(picture, size, icc)
+
+
+def read_animation(path, image, limit, size, kept):
+    """An animated PNG, WebP or GIF -> Media."""
+    frames, alphas, durations = [], [], []
+    for duration, frame, alpha in itertools.islice(animation_frames(image, size), limit):
+        durations.append(duration)
+        alphas.append(alpha)
+        if kept is None or len(frames) < kept:
+            frames.append(frame)
+    times, length = (0, *itertools.accumulate(durations)), len(durations)
+    fps = (length / times[-1]).limit_denominator(1001)
+    if max(durations) - min(durations) <= Fraction(1, 100):  # GIF counts in hundredths of a second
+        times = ()
+    loop = image.info.get("loop", 1)  # a GIF without it plays once
+    alpha, frames = unless_opaque(alphas), np.stack(frames)
+    return Media(path, frames, length, fps, image.n_frames, times, alpha, loop=loop)
+
+
+# Clips in
 
 
 class SeekableFile(io.BufferedReader):
@@ -386,57 +300,6 @@ def open_clip(path):
             if not tracks or not tracks[0].codec_context:
                 raise error
             yield container, tracks[0]
-
-
-def read_clip(path, limit=None, size=None, kept=None):
-    """A clip -> Media."""
-    media, frames, alphas, stamps = Media(path, None), [], [], []
-    total = count_frames(path)
-    with open_clip(path) as (container, track):
-        for stamp, lasts, frame, alpha in clip_frames(container, track, media, size):
-            if stamp is not None:
-                stamps.append(stamp)
-            if len(alphas) == limit:  # one more frame tells how long the last one is shown
-                break
-            alphas.append(alpha)
-            if kept is None or len(frames) < kept:
-                frames.append(frame)
-        media.sound, media.length = len(container.streams.audio) > 0, len(alphas)
-        media.fps, media.times = frame_rate(stamps, media.length, lasts, track)
-    media.frames, media.alpha = np.stack(frames), unless_opaque(alphas)
-    media.total, media.start = max(total, media.length), min(stamps, default=Fraction(0))
-    return media
-
-
-def clip_frames(container, track, media, size):
-    """Yields (time, duration, frame, alpha) of a clip, in seconds and as `pixels` gives them.
-
-    `media` gets what the first frame says of all: colors, aspect, remarks.
-    """
-    pictures = decode(container, track)
-    first = next(pictures, None)
-    if first is None:
-        raise MediaError(f"{media.path} has no frame that can be decoded")
-    components = first.format.components
-    lies, down, right = turn_of(first.side_data.get("DISPLAYMATRIX"))
-    aspect = (not size and track.sample_aspect_ratio) or Fraction(1)
-    if aspect != 1:
-        media.aspect = 1 / aspect if lies else aspect
-    media.colors = clip_colors(first, track, media.remarks)
-    transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
-    bits = max(channel.bits for channel in components)
-    if bits > 8:
-        media.remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
-    layout = "rgba" if transparent else "rgb24"
-    pictures = itertools.chain([first], pictures)
-    for picture in to_rgb(pictures, layout, media):
-        stamp = None if picture.pts is None else picture.pts * picture.time_base
-        lasts = (picture.duration or 0) * picture.time_base
-        array = picture.to_ndarray()
-        array = (array.swapaxes(0, 1) if lies else array)[::down, ::right]
-        frame, alpha = pixels(Image.fromarray(array), size)
-        size = frame.shape[1::-1]
-        yield stamp, lasts, frame, alpha
 
 
 def count_frames(path):
@@ -478,25 +341,34 @@ def decode(container, track):
                 raise
 
 
-def to_rgb(pictures, layout, media):
-    """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
-    graph = buffer = None
-    interlaced = False
-    for picture in pictures:
-        if picture.interlaced_frame and not interlaced:
-            interlaced = True
-            media.remarks.append("is interlaced; the result is not")
-        previous, buffer = buffer, (picture.width, picture.height, picture.format.name, interlaced)
-        if buffer != previous:  # seldom after the first
-            yield from pulled(graph, None) if graph else ()
-            scale = EXACT
-            if not picture.format.is_rgb:
-                matrix = (media.colors or default_colors(picture.width, picture.height))[0]
-                limits = "full" if picture.color_range == FULL_RANGE else "auto"
-                scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
-            graph = filter_graph(*buffer, picture.time_base, scale, layout)
-        yield from pulled(graph, picture)
-    yield from pulled(graph, None)
+def turn_of(display_matrix):
+    """How a clip's display matrix turns and mirrors it -> (sides are swapped, y step, x step)."""
+    if display_matrix is None:
+        return False, 1, 1
+    # Pixel (x, y) is shown at (ax + cy, bx + dy).
+    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5].tolist()
+    lies = abs(b) > abs(a)
+    right, down = (c, b) if lies else (a, d)
+    return lies, -1 if down < 0 else 1, -1 if right < 0 else 1
+
+
+def default_colors(width, height):
+    """What players take a clip for that names no colors: BT.709 if it is larger than a DVD."""
+    return BT709 if width > 1024 or height > 576 else BT601
+
+
+def clip_colors(picture, track, remarks):
+    """(matrix, primaries, transfer) of a clip; () where it names none, or is RGB."""
+    context = track.codec_context
+    matrix, primaries, transfer = context.colorspace, context.color_primaries, context.color_trc
+    if picture.format.is_rgb or {matrix, primaries, transfer} <= {0, UNKNOWN}:
+        return ()
+    if matrix not in MATRICES:
+        if matrix not in (0, UNKNOWN):
+            remarks.append(f"has colors (matrix {matrix} of H.273) that are not converted exactly")
+        default = default_colors(picture.width, picture.height)[0]
+        matrix = BT2020 if primaries == BT2020 else default
+    return matrix, primaries, transfer
 
 
 def filter_graph(width, height, layout, interlaced, tick, scale, new_layout):
@@ -518,34 +390,56 @@ def pulled(graph, picture):
             yield graph.pull()
 
 
-def turn_of(display_matrix):
-    """How a clip's display matrix turns and mirrors it -> (sides are swapped, y step, x step)."""
-    if display_matrix is None:
-        return False, 1, 1
-    # Pixel (x, y) is shown at (ax + cy, bx + dy).
-    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5].tolist()
-    lies = abs(b) > abs(a)
-    right, down = (c, b) if lies else (a, d)
-    return lies, -1 if down < 0 else 1, -1 if right < 0 else 1
+def to_rgb(pictures, layout, media):
+    """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
+    graph = buffer = None
+    interlaced = False
+    for picture in pictures:
+        if picture.interlaced_frame and not interlaced:
+            interlaced = True
+            media.remarks.append("is interlaced; the result is not")
+        previous, buffer = buffer, (picture.width, picture.height, picture.format.name, interlaced)
+        if buffer != previous:  # seldom after the first
+            yield from pulled(graph, None) if graph else ()
+            scale = EXACT
+            if not picture.format.is_rgb:
+                matrix = (media.colors or default_colors(picture.width, picture.height))[0]
+                limits = "full" if picture.color_range == FULL_RANGE else "auto"
+                scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
+            graph = filter_graph(*buffer, picture.time_base, scale, layout)
+        yield from pulled(graph, picture)
+    yield from pulled(graph, None)
 
 
-def clip_colors(picture, track, remarks):
-    """(matrix, primaries, transfer) of a clip; () where it names none, or is RGB."""
-    context = track.codec_context
-    matrix, primaries, transfer = context.colorspace, context.color_primaries, context.color_trc
-    if picture.format.is_rgb or {matrix, primaries, transfer} <= {0, UNKNOWN}:
-        return ()
-    if matrix not in MATRICES:
-        if matrix not in (0, UNKNOWN):
-            remarks.append(f"has colors (matrix {matrix} of H.273) that are not converted exactly")
-        default = default_colors(picture.width, picture.height)[0]
-        matrix = BT2020 if primaries == BT2020 else default
-    return matrix, primaries, transfer
+def clip_frames(container, track, media, size):
+    """Yields (time, duration, frame, alpha) of a clip, in seconds and as `pixels` gives them.
 
-
-def default_colors(width, height):
-    """What players take a clip for that names no colors: BT.709 if it is larger than a DVD."""
-    return BT709 if width > 1024 or height > 576 else BT601
+    `media` gets what the first frame says of all: colors, aspect, remarks.
+    """
+    pictures = decode(container, track)
+    first = next(pictures, None)
+    if first is None:
+        raise MediaError(f"{media.path} has no frame that can be decoded")
+    components = first.format.components
+    lies, down, right = turn_of(first.side_data.get("DISPLAYMATRIX"))
+    aspect = (not size and track.sample_aspect_ratio) or Fraction(1)
+    if aspect != 1:
+        media.aspect = 1 / aspect if lies else aspect
+    media.colors = clip_colors(first, track, media.remarks)
+    transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
+    bits = max(channel.bits for channel in components)
+    if bits > 8:
+        media.remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
+    layout = "rgba" if transparent else "rgb24"
+    pictures = itertools.chain([first], pictures)
+    for picture in to_rgb(pictures, layout, media):
+        stamp = None if picture.pts is None else picture.pts * picture.time_base
+        lasts = (picture.duration or 0) * picture.time_base
+        array = picture.to_ndarray()
+        array = (array.swapaxes(0, 1) if lies else array)[::down, ::right]
+        frame, alpha = pixels(Image.fromarray(array), size)
+        size = frame.shape[1::-1]
+        yield stamp, lasts, frame, alpha
 
 
 def frame_rate(stamps, count, lasts, track):
@@ -574,6 +468,118 @@ def frame_rate(stamps, count, lasts, track):
     if len(times) == count:
         times.append(times[-1] + (lasts or times[-1] / (count - 1)))
     return (count / times[-1]).limit_denominator(100_000), tuple(times)
+
+
+def read_clip(path, limit=None, size=None, kept=None):
+    """A clip -> Media."""
+    media, frames, alphas, stamps = Media(path, None), [], [], []
+    total = count_frames(path)
+    with open_clip(path) as (container, track):
+        for stamp, lasts, frame, alpha in clip_frames(container, track, media, size):
+            if stamp is not None:
+                stamps.append(stamp)
+            if len(alphas) == limit:  # one more frame tells how long the last one is shown
+                break
+            alphas.append(alpha)
+            if kept is None or len(frames) < kept:
+                frames.append(frame)
+        media.sound, media.length = len(container.streams.audio) > 0, len(alphas)
+        media.fps, media.times = frame_rate(stamps, media.length, lasts, track)
+    media.frames, media.alpha = np.stack(frames), unless_opaque(alphas)
+    media.total, media.start = max(total, media.length), min(stamps, default=Fraction(0))
+    return media
+
+
+# Media in: images, clips and folders
+
+
+def frame_files(path):
+    """The images of a folder, frame_2.png before frame_10.png, without hidden ones."""
+
+    def by_numbers(file):
+        pieces = re.split(r"(\d+)", file.name)
+        return [int(piece) if piece.isdecimal() else piece for piece in pieces]
+
+    files = [file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_OPTIONS]
+    if not files:
+        raise MediaError(f"{path} is a folder without images")
+    return sorted(files, key=by_numbers)
+
+
+def holds_clip(path):
+    """Whether `read_frames` takes a path for a clip, by headers. Raises its errors."""
+    if path.is_dir():
+        return bool(frame_files(path))
+    with open_image(path) as image:
+        if image is None:
+            with open_clip(path):
+                return True
+        return frame_count(image) > 1
+
+
+def media_shape(path):
+    """(T, H, W) of what `read_frames` reads, by headers if possible. Raises its errors."""
+    path = Path(path)
+    if path.is_dir():
+        files = frame_files(path)
+        return len(files), *media_shape(files[0])[1:]
+    with open_image(path) as image:
+        if image is None:
+            clip = read_clip(path, 1)
+            return clip.total, *clip.frames.shape[1:3]
+        length = frame_count(image)
+        # A PNG's EXIF counts only before its pixels, so that none need be decoded.
+        lies = length == 1 and Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+        lies = lies and image.format != "TIFF"  # of which PIL tells the turned size
+        return length, *(image.size if lies else image.size[::-1])
+
+
+def read_folder(path, limit, size, kept):
+    """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
+    files = frame_files(path)
+    total, files = len(files), files[:limit]
+    if len({media_shape(file)[1:] for file in files}) != 1:
+        raise MediaError(f"{path} is not a folder of images of one size")
+    frames = [read_frames(file, 1, size).frames[0] for file in files[:kept]]
+    return Media(path, np.stack(frames), len(files), fps=Fraction(16), total=total)
+
+
+def read_frames(path, limit=None, size=None, kept=None):
+    """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of numbers).
+
+    Args:
+        limit: at most so many frames are decoded. None for all.
+        size: (width, height) to which every frame is scaled. None for its own.
+        kept: of a clip, only so many frames are returned; `each_frame` gives all of them.
+
+    Returns: Media. Frames are turned as the file says, and laid on white where transparent.
+    Raises FileNotFoundError, or MediaError for anything else than a whole image or clip.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_folder(path, limit, size, kept)
+    with open_image(path) as image:
+        if image is None:
+            return read_clip(path, limit, size, kept)
+        if frame_count(image) > 1:
+            return read_animation(path, image, limit, size, kept)
+        return read_image(path, image, size)
+
+
+def each_frame(path, size=None):
+    """Yields the frames of a clip, uint8 (H, W, 3), one by one. Arguments and errors as above."""
+    if path.is_dir():
+        for file in frame_files(path):
+            yield read_frames(file, 1, size).frames[0]
+        return
+    with open_image(path) as image:
+        if image is None:
+            with open_clip(path) as (container, track):
+                for _, _, frame, _ in clip_frames(container, track, Media(path, None), size):
+                    yield frame
+        else:
+            for _, frame, _ in animation_frames(image, size):
+                yield frame
 
 
 # Media out
@@ -646,6 +652,12 @@ def image_writer(path, source=None, note=lambda text: None):
         yield write
 
 
+def write_image(path, frame, source=None):
+    """Writes uint8 (H, W, 3); arguments and errors as for `clip_writer`."""
+    with image_writer(path, source) as write:
+        write(frame)
+
+
 @contextlib.contextmanager
 def closing(container):
     """Gives a container and closes it. After an error, one that closing adds is of no interest."""
@@ -656,72 +668,6 @@ def closing(container):
             container.close()
         raise
     container.close()
-
-
-def write_image(path, frame, source=None):
-    """Writes uint8 (H, W, 3); arguments and errors as for `clip_writer`."""
-    with image_writer(path, source) as write:
-        write(frame)
-
-
-def write_clip(path, frames, fps, source=None):
-    """Writes uint8 (T, H, W, 3); arguments and errors as for `clip_writer`."""
-    with clip_writer(path, frames.shape, fps, source) as write:
-        for frame in frames:
-            write(frame)
-
-
-@contextlib.contextmanager
-def clip_writer(path, shape, fps, source=None, note=lambda text: None):
-    """Gives write(frame) for a clip of `shape` (T, H, W, 3) at `fps`, as the extension says.
-
-    What can fail fails before: the encoder is open, and sound and header are written. Sound and
-    subtitles are copied where the format takes them; else sound is coded anew, in stereo. They are
-    cut where the frames are only the first of the source.
-
-    Args:
-        source: the Media whose times, colors, transparency, tracks and titles go along.
-        note: called with one line on what cannot go along.
-
-    Raises OSError if the file cannot be written.
-    """
-    suffix, source, length = Path(path).suffix.lower(), source or Media(path, None), shape[0]
-    transparent = source.alpha is not None and suffix in TRANSPARENT_CLIP_OPTIONS
-    if source.alpha is not None and not transparent:
-        note(f"{suffix} cannot be transparent here; the result lies on white")
-    options = (TRANSPARENT_CLIP_OPTIONS if transparent else CLIP_OPTIONS)[suffix]
-    fps = Fraction(fps).limit_denominator(100_000)
-    tick, stamps = schedule(suffix, length, fps, source.times)
-    if source.aspect and (suffix in ANIMATIONS or suffix == ".webm"):  # PyAV cannot say it
-        note(f"{suffix} is written with square pixels; those of {source.path} are not")
-    if len(set(stamps)) <= length:
-        note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
-    muxing = muxer_options(suffix, source.loop, (stamps[-1] - stamps[-2]) * tick)
-    alphas, opening = source.alpha, {"format": options[0], "container_options": muxing}
-    if transparent and suffix == ".gif":  # which has no half transparent pixels
-        alphas = np.where(alphas < 128, np.uint8(0), np.uint8(255))
-    try:
-        with whole(path) as file, closing(av.open(str(file), "w", **opening)) as container:
-            container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
-            track = add_pictures(container, options, shape, fps, tick, source)
-            if suffix not in ANIMATIONS and source.start is not None:
-                end = float(stamps[-1] * tick) if source.total > length else math.inf
-                add_other_tracks(container, source, end, note)
-            elif source.sound:
-                note(f"{suffix} holds no sound; that of {source.path} is left out")
-            container.start_encoding()
-            layout = "rgba" if transparent else "rgb24"
-            encode = picture_encoder(container, track, layout, tick, stamps)
-            numbers = itertools.count()
-
-            def write(frame):
-                i = next(numbers)
-                encode(without_white(frame, alphas[i]) if transparent else frame, i)
-
-            yield write
-            encode(None, None)
-    except av.FFmpegError as error:
-        raise OSError(f"{path} could not be written: {error.strerror}") from None
 
 
 def schedule(suffix, length, fps, times):
@@ -817,44 +763,6 @@ def picture_encoder(container, track, layout, tick, stamps):
     return encode
 
 
-def add_other_tracks(container, source, end, note):
-    """Adds sound, subtitles and titles of a clip, up to `end` seconds, but no chapters."""
-    sound_codec = "libopus" if container.format.name == "webm" else "aac"
-    ways = {"audio": (None, sound_codec), "subtitle": (None,)}  # None copies
-    codecs, left_out = {}, []
-    with open_clip(source.path) as (original, pictures):
-        for title, text in original.metadata.items():
-            if title.lower() not in TECHNICAL_TITLES:
-                container.metadata[title] = text
-        if original.chapters():
-            left_out.append("chapters")
-        for track in original.streams:
-            if track.index == pictures.index or track.type == "data":
-                continue
-            for codec in ways.get(track.type, ()):
-                if fits(container.format.name, source, {track.index: codec}, end):
-                    codecs[track.index] = codec
-                    break
-            else:
-                name = track.codec_context.name if track.codec_context else "unknown codec"
-                left_out.append(f"{track.type} track {track.index} ({name})")
-    if codecs:
-        carry(container, source, codecs, end)
-    if left_out:
-        note(f"{source.path}: left out of the result: {', '.join(left_out)}")
-
-
-def fits(format_name, source, codecs, end):
-    """Whether a format takes tracks: they are written to memory."""
-    try:
-        with av.open(io.BytesIO(), "w", format_name) as trial:
-            carry(trial, source, codecs, end)
-            trial.start_encoding()
-        return True
-    except Exception:  # muxers, decoders and encoders refuse in their own ways
-        return False
-
-
 def carry(container, source, codecs, end):
     """Adds tracks of a clip, with what they hold until `end` seconds after frame 0.
 
@@ -897,7 +805,125 @@ def carry(container, source, codecs, end):
                 container.mux(new.encode(None))
 
 
-# Rows: edits in a file, for --batch and for train.py.
+def fits(format_name, source, codecs, end):
+    """Whether a format takes tracks: they are written to memory."""
+    try:
+        with av.open(io.BytesIO(), "w", format_name) as trial:
+            carry(trial, source, codecs, end)
+            trial.start_encoding()
+        return True
+    except Exception:  # muxers, decoders and encoders refuse in their own ways
+        return False
+
+
+def add_other_tracks(container, source, end, note):
+    """Adds sound, subtitles and titles of a clip, up to `end` seconds, but no chapters."""
+    sound_codec = "libopus" if container.format.name == "webm" else "aac"
+    ways = {"audio": (None, sound_codec), "subtitle": (None,)}  # None copies
+    codecs, left_out = {}, []
+    with open_clip(source.path) as (original, pictures):
+        for title, text in original.metadata.items():
+            if title.lower() not in TECHNICAL_TITLES:
+                container.metadata[title] = text
+        if original.chapters():
+            left_out.append("chapters")
+        for track in original.streams:
+            if track.index == pictures.index or track.type == "data":
+                continue
+            for codec in ways.get(track.type, ()):
+                if fits(container.format.name, source, {track.index: codec}, end):
+                    codecs[track.index] = codec
+                    break
+            else:
+                name = track.codec_context.name if track.codec_context else "unknown codec"
+                left_out.append(f"{track.type} track {track.index} ({name})")
+    if codecs:
+        carry(container, source, codecs, end)
+    if left_out:
+        note(f"{source.path}: left out of the result: {', '.join(left_out)}")
+
+
+@contextlib.contextmanager
+def clip_writer(path, shape, fps, source=None, note=lambda text: None):
+    """Gives write(frame) for a clip of `shape` (T, H, W, 3) at `fps`, as the extension says.
+
+    What can fail fails before: the encoder is open, and sound and header are written. Sound and
+    subtitles are copied where the format takes them; else sound is coded anew, in stereo. They are
+    cut where the frames are only the first of the source.
+
+    Args:
+        source: the Media whose times, colors, transparency, tracks and titles go along.
+        note: called with one line on what cannot go along.
+
+    Raises OSError if the file cannot be written.
+    """
+    suffix, source, length = Path(path).suffix.lower(), source or Media(path, None), shape[0]
+    transparent = source.alpha is not None and suffix in TRANSPARENT_CLIP_OPTIONS
+    if source.alpha is not None and not transparent:
+        note(f"{suffix} cannot be transparent here; the result lies on white")
+    options = (TRANSPARENT_CLIP_OPTIONS if transparent else CLIP_OPTIONS)[suffix]
+    fps = Fraction(fps).limit_denominator(100_000)
+    tick, stamps = schedule(suffix, length, fps, source.times)
+    if source.aspect and (suffix in ANIMATIONS or suffix == ".webm"):  # PyAV cannot say it
+        note(f"{suffix} is written with square pixels; those of {source.path} are not")
+    if len(set(stamps)) <= length:
+        note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
+    muxing = muxer_options(suffix, source.loop, (stamps[-1] - stamps[-2]) * tick)
+    alphas, opening = source.alpha, {"format": options[0], "container_options": muxing}
+    if transparent and suffix == ".gif":  # which has no half transparent pixels
+        alphas = np.where(alphas < 128, np.uint8(0), np.uint8(255))
+    try:
+        with whole(path) as file, closing(av.open(str(file), "w", **opening)) as container:
+            container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
+            track = add_pictures(container, options, shape, fps, tick, source)
+            if suffix not in ANIMATIONS and source.start is not None:
+                end = float(stamps[-1] * tick) if source.total > length else math.inf
+                add_other_tracks(container, source, end, note)
+            elif source.sound:
+                note(f"{suffix} holds no sound; that of {source.path} is left out")
+            container.start_encoding()
+            layout = "rgba" if transparent else "rgb24"
+            encode = picture_encoder(container, track, layout, tick, stamps)
+            numbers = itertools.count()
+
+            def write(frame):
+                i = next(numbers)
+                encode(without_white(frame, alphas[i]) if transparent else frame, i)
+
+            yield write
+            encode(None, None)
+    except av.FFmpegError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
+
+
+def write_clip(path, frames, fps, source=None):
+    """Writes uint8 (T, H, W, 3); arguments and errors as for `clip_writer`."""
+    with clip_writer(path, frames.shape, fps, source) as write:
+        for frame in frames:
+            write(frame)
+
+
+# Rows: edits in a file, for --batch and for train.py
+
+
+def read_json_lines(stream):
+    """See `read_lines`."""
+    for i, line in enumerate(stream, 1):
+        line = line.strip("\ufeff \t\r\n")
+        if line:
+            yield i, line
+
+
+def read_csv(stream):
+    """See `read_lines`."""
+    reader = csv.DictReader(stream, strict=True)  # an open quote would swallow edits
+    missing = {"src_video", "tgt_video", "prompt"}.difference(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"no column {', '.join(sorted(missing))}")
+    for row in reader:
+        references = [row["ref_image"]] if row.get("ref_image") else []
+        edit = {"source": row["src_video"], "target": row["tgt_video"], "references": references}
+        yield reader.line_num, json.dumps(edit | {"instruction": row["prompt"]})
 
 
 def read_lines(file):
@@ -912,26 +938,9 @@ def read_lines(file):
     try:
         # Bytes that are no text become surrogates, so that only their own line is broken.
         with file.open(encoding=encoding, errors="surrogateescape", newline=newline) as stream:
-            if is_csv:
-                yield from read_csv(stream)
-            else:
-                for i, line in enumerate(stream, 1):
-                    if line.strip("\ufeff \r\n"):
-                        yield i, line.lstrip("\ufeff")
+            yield from (read_csv if is_csv else read_json_lines)(stream)
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{file}: {error}") from None
-
-
-def read_csv(stream):
-    """See read_lines."""
-    reader = csv.DictReader(stream, strict=True)  # an open quote would swallow edits
-    missing = {"src_video", "tgt_video", "prompt"}.difference(reader.fieldnames or ())
-    if missing:
-        raise ValueError(f"no column {', '.join(sorted(missing))}")
-    for row in reader:
-        references = [row["ref_image"]] if row.get("ref_image") else []
-        edit = {"source": row["src_video"], "target": row["tgt_video"], "references": references}
-        yield reader.line_num, json.dumps(edit | {"instruction": row["prompt"]})
 
 
 def read_row(line, folder, files=("source",)):
@@ -940,7 +949,7 @@ def read_row(line, folder, files=("source",)):
     Raises ValueError for anything else than texts in the places of paths and instruction.
     """
     try:
-        row = dict(json.loads(line.strip()))
+        row = dict(json.loads(line))
         references = row.get("references") or []
         paths = [*(row[name] for name in files), *references]
         are_paths = all(isinstance(path, str) and path for path in paths)
@@ -977,6 +986,32 @@ def note(text):
 
 
 note_once = functools.cache(note)
+
+
+def explain(error):
+    """What is wrong, and what would be right, in words; None for a fault of the program."""
+    words = "out of memory|not enough memory|allocate memory"  # of torch
+    no_memory = isinstance(error, RuntimeError) and re.search(words, str(error))
+    if no_memory or isinstance(error, MemoryError):
+        return "out of memory; a smaller --area or fewer --frames need less"
+    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+
+
+def peak_memory(device):
+    """Bytes: the peak on a CUDA device since the last call, else of the process so far."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Phases:
@@ -1021,23 +1056,6 @@ class Phases:
         for phase, (duration, peak, remark) in rows.items():
             lines.append(f"{phase:10} {duration:9.1f} {peak / 1e9:9.2f}{remark}")
         return "\n".join(lines)
-
-
-def peak_memory(device):
-    """Bytes: the peak on a CUDA device since the last call, else of the process so far."""
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Parser(argparse.ArgumentParser):
@@ -1092,6 +1110,28 @@ for a clip (.png is APNG, lossless). Sides of {SMALLEST} to {LARGEST} pixels, {L
 The model sees transparent pictures on white;
 {" ".join(TRANSPARENT_CLIP_OPTIONS)} keep their transparency. A clip with an odd side keeps
 it, in .mp4, .mov and .mkv as H.264 4:4:4, which not every player shows."""
+
+
+def interpret(args):
+    """Tells inputs and instruction apart, and one edit from many. Raises ValueError."""
+    if args.words == ["-"] and not args.batch:
+        args.batch, args.words = STDIN, []
+    *inputs, args.instruction = args.words or [""]
+    args.inputs = [Path(word) for word in inputs]
+    if args.batch and args.words:
+        raise ValueError(f"there is no use for {args.words[0]}: --batch {args.batch} has all edits")
+    if not args.batch and not inputs:
+        raise ValueError(f"expected {USAGE}, and the options that --help lists")
+    if args.output == "":
+        raise ValueError("-o is empty; name a file or a folder")
+    is_folder = args.output and (args.output.endswith(("/", os.sep)) or os.path.isdir(args.output))
+    args.many = bool(args.batch or len(inputs) > 1 or is_folder)
+    args.output = args.output and Path(args.output)
+    part, parts = args.shard
+    if part >= parts:
+        raise ValueError(f"--shard: '{part}/{parts}' is not {SHARE}")
+    if parts > 1 and (not args.many or args.batch == STDIN):
+        raise ValueError("--shard is for several edits, but not for those of stdin")
 
 
 def parse(argv):
@@ -1152,26 +1192,13 @@ def parse(argv):
     return args
 
 
-def interpret(args):
-    """Tells inputs and instruction apart, and one edit from many. Raises ValueError."""
-    if args.words == ["-"] and not args.batch:
-        args.batch, args.words = STDIN, []
-    *inputs, args.instruction = args.words or [""]
-    args.inputs = [Path(word) for word in inputs]
-    if args.batch and args.words:
-        raise ValueError(f"there is no use for {args.words[0]}: --batch {args.batch} has all edits")
-    if not args.batch and not inputs:
-        raise ValueError(f"expected {USAGE}, and the options that --help lists")
-    if args.output == "":
-        raise ValueError("-o is empty; name a file or a folder")
-    is_folder = args.output and (args.output.endswith(("/", os.sep)) or os.path.isdir(args.output))
-    args.many = bool(args.batch or len(inputs) > 1 or is_folder)
-    args.output = args.output and Path(args.output)
-    part, parts = args.shard
-    if part >= parts:
-        raise ValueError(f"--shard: '{part}/{parts}' is not {SHARE}")
-    if parts > 1 and (not args.many or args.batch == STDIN):
-        raise ValueError("--shard is for several edits, but not for those of stdin")
+def read_config(folder, name="config.json"):
+    """The config of a folder; {} if it is missing or damaged, as loading will report."""
+    try:
+        config = json.loads((folder / name).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_arguments(args):
@@ -1207,21 +1234,15 @@ def check_arguments(args):
         raise ValueError(f"{args.weights} is what train.py wrote: use --instructx {args.weights}")
 
 
-def read_config(folder, name="config.json"):
-    """The config of a folder; {} if it is missing or damaged, as loading will report."""
-    try:
-        config = json.loads((folder / name).read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def trained_area(args):
     """Pixels of the pictures that the weights were trained on; 0 if they do not say."""
     if not args.instructx and read_config(args.weights / "mllm_encoder"):
         return 1280 * 720  # Kiwi-Edit
     area = read_config(args.instructx or args.weights / "instructx").get("area")
     return area if isinstance(area, int) and area > 0 else 0
+
+
+# One edit
 
 
 @dataclass
@@ -1233,27 +1254,6 @@ class Job:
     references: list  # of paths
     seed: int
     output: Path | None = None  # None: the source tells the name
-
-
-def read_inputs(args, job):
-    """Media of the source, [uint8 (H, W, 3)] of the references. Notes what is unusual."""
-    _, height, width = media_shape(job.source)
-    check_size(job.source, *working_size(*(args.size or (width, height)), args.area))
-    for path in job.references:
-        length, height, width = media_shape(path)
-        if length > 1 or path.is_dir():
-            raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
-        check_size(path, width, height)
-    limits = {"kept": 1} if args.overlap else {"limit": args.frames}
-    source = read_frames(job.source, size=args.size, **limits)
-    for remark in source.remarks:
-        note(f"{job.source} {remark}")
-    count, total = source.length, source.total
-    if count < min(total, limits.get("limit", total)):
-        note(f"{job.source} has {total} frames, of which {count} can be decoded")
-    elif count < total:
-        note(f"{job.source} has {total} frames; the first {count} are edited (see --overlap)")
-    return source, [read_frames(path).frames[0] for path in job.references]
 
 
 def working_size(width, height, area):
@@ -1279,6 +1279,27 @@ def check_size(path, width, height):
             f"to {LARGEST} pixels, {LARGEST_AREA} in all, the longer less than {MOST_NARROW} times "
             "the shorter; scale it first (--size WxH or --area PIXELS scale the INPUT)"
         )
+
+
+def read_inputs(args, job):
+    """Media of the source, [uint8 (H, W, 3)] of the references. Notes what is unusual."""
+    _, height, width = media_shape(job.source)
+    check_size(job.source, *working_size(*(args.size or (width, height)), args.area))
+    for path in job.references:
+        length, height, width = media_shape(path)
+        if length > 1 or path.is_dir():
+            raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
+        check_size(path, width, height)
+    limits = {"kept": 1} if args.overlap else {"limit": args.frames}
+    source = read_frames(job.source, size=args.size, **limits)
+    for remark in source.remarks:
+        note(f"{job.source} {remark}")
+    count, total = source.length, source.total
+    if count < min(total, limits.get("limit", total)):
+        note(f"{job.source} has {total} frames, of which {count} can be decoded")
+    elif count < total:
+        note(f"{job.source} has {total} frames; the first {count} are edited (see --overlap)")
+    return source, [read_frames(path).frames[0] for path in job.references]
 
 
 def file_id(path):
@@ -1375,6 +1396,22 @@ def media_writer(path, source, width, note=lambda text: None):
     return clip_writer(path, shape, source.fps, source, note)
 
 
+def windows(frames, total, length, overlap):
+    """Cuts `total` frames into windows of `length`: (array, how many were in the one before).
+
+    The last window is as long as the others, so it shares more. What is shared is `overlap` or
+    more, and 1 + a multiple of 4.
+    """
+    frames, window, done = iter(frames), [], 0
+    while done < total:
+        left = total - done
+        shared = max(overlap, (length - left - 1) // 4 * 4 + 1) if done else 0
+        new = itertools.islice(frames, min(left, length - shared))
+        window = [*window[len(window) - shared :], *new]
+        yield np.stack(window), shared
+        done += len(window) - shared
+
+
 def edit(args, job, outputs, loaded):
     """Makes one edit -> its times and memory in lines of text.
 
@@ -1422,20 +1459,7 @@ def edit(args, job, outputs, loaded):
     return phases.table()
 
 
-def windows(frames, total, length, overlap):
-    """Cuts `total` frames into windows of `length`: (array, how many were in the one before).
-
-    The last window is as long as the others, so it shares more. What is shared is `overlap` or
-    more, and 1 + a multiple of 4.
-    """
-    frames, window, done = iter(frames), [], 0
-    while done < total:
-        left = total - done
-        shared = max(overlap, (length - left - 1) // 4 * 4 + 1) if done else 0
-        new = itertools.islice(frames, min(left, length - shared))
-        window = [*window[len(window) - shared :], *new]
-        yield np.stack(window), shared
-        done += len(window) - shared
+# Many edits
 
 
 def read_job(args, line):
@@ -1463,16 +1487,15 @@ def read_jobs(args):
         yield str(path), Job(path, args.instruction, args.ref, args.seed)
     lines, name = (), args.batch
     if args.batch == STDIN:
-        lines, name = enumerate(sys.stdin, 1), "stdin"
+        lines, name = read_json_lines(sys.stdin), "stdin"
     elif args.batch:
         lines = read_lines(args.batch)
     for i, line in lines:
-        if line.strip():
-            try:
-                job = read_job(args, line)
-            except ValueError as error:
-                job = error
-            yield f"{name}:{i}", job
+        try:
+            job = read_job(args, line)
+        except ValueError as error:
+            job = error
+        yield f"{name}:{i}", job
 
 
 class Tally:
@@ -1546,6 +1569,34 @@ def to_do(args, tally):
             yield name, job, outputs
 
 
+# What decides a result, beside its own row. The device is not among them: shards may differ in it.
+SETTINGS = ("weights", "instructx", "instruction", "ref", "steps", "guidance", "seed", "size")
+SETTINGS += ("area", "frames", "overlap", "compare", "dtype", "compile", "quantize", "tile")
+
+
+def check_settings(args, write=False):
+    """Raises ValueError if FOLDER/settings.json has other settings. `write` makes a missing one.
+
+    dtype counts once the model is loaded, as its default depends on the device.
+    """
+    file = args.output / "settings.json"
+    values = {name: getattr(args, name) for name in SETTINGS if name != "dtype" or args.dtype}
+    values = json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
+    if file.exists():
+        earlier = read_config(args.output, file.name)
+        if not earlier:
+            raise ValueError(f"{file} cannot be read; name another folder")
+        for name, value in values.items():
+            if earlier.get(name) != value:
+                change = f"{name} was {earlier.get(name)!r} and is {value!r}"
+                problem = f"{args.output} holds results of other settings ({change})"
+                raise ValueError(f"{problem}; name another folder")
+    elif write:
+        args.output.mkdir(parents=True, exist_ok=True)
+        with whole(file) as unfinished:
+            unfinished.write_text(json.dumps(values, indent=1) + "\n")
+
+
 def edit_many(args):
     """Makes all edits that are not there yet, with one model -> exit code 0, or 1 if some failed.
 
@@ -1577,50 +1628,16 @@ def edit_many(args):
     return 1 if tally.failed else 0
 
 
-# What decides a result, beside its own row. The device is not among them: shards may differ in it.
-SETTINGS = ("weights", "instructx", "instruction", "ref", "steps", "guidance", "seed", "size")
-SETTINGS += ("area", "frames", "overlap", "compare", "dtype", "compile", "quantize", "tile")
-
-
-def check_settings(args, write=False):
-    """Raises ValueError if FOLDER/settings.json has other settings. `write` makes a missing one.
-
-    dtype counts once the model is loaded, as its default depends on the device.
-    """
-    file = args.output / "settings.json"
-    values = {name: getattr(args, name) for name in SETTINGS if name != "dtype" or args.dtype}
-    values = json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
-    if file.exists():
-        earlier = read_config(args.output, file.name)
-        if not earlier:
-            raise ValueError(f"{file} cannot be read; name another folder")
-        for name, value in values.items():
-            if earlier.get(name) != value:
-                change = f"{name} was {earlier.get(name)!r} and is {value!r}"
-                problem = f"{args.output} holds results of other settings ({change})"
-                raise ValueError(f"{problem}; name another folder")
-    elif write:
-        args.output.mkdir(parents=True, exist_ok=True)
-        with whole(file) as unfinished:
-            unfinished.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def explain(error):
-    """What is wrong, and what would be right, in words; None for a fault of the program."""
-    no_memory = r"out of memory|not enough memory|allocate memory"  # as torch says it
-    no_memory = isinstance(error, RuntimeError) and re.search(no_memory, str(error))
-    if no_memory or isinstance(error, MemoryError):
-        return "out of memory; a smaller --area or fewer --frames need less"
-    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
-
-
-def stop(number, _):
-    note("terminated")
-    sys.exit(128 + number)
+# The program
 
 
 def prepare_process():
     """Lets names be read and printed in any locale, and signals be exceptions that clean up."""
+
+    def stop(number, _):
+        note("terminated")
+        sys.exit(128 + number)
+
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "r+"))
