@@ -240,8 +240,8 @@ def read_image(path, image, size):
             profile["exif"] = exif.tobytes()
     icc = image.info.get("icc_profile") or b""
     if icc[16:20] == b"RGB ":  # CMYK and grey become sRGB, as the result is RGB
-        profile["icc_profile"] = icc
-    frame, alpha = pixels(image, size, None if profile.get("icc_profile") else icc)
+        profile["icc_profile"], icc = icc, None
+    frame, alpha = pixels(image, size, icc)
     return Media(path, frame[None], alpha=unless_opaque([alpha]), profile=profile)
 
 
@@ -569,17 +569,15 @@ def read_frames(path, limit=None, size=None, kept=None):
 def each_frame(path, size=None):
     """Yields the frames of a clip, uint8 (H, W, 3), one by one. Arguments and errors as above."""
     if path.is_dir():
-        for file in frame_files(path):
-            yield read_frames(file, 1, size).frames[0]
+        yield from (read_frames(file, 1, size).frames[0] for file in frame_files(path))
         return
     with open_image(path) as image:
         if image is None:
             with open_clip(path) as (container, track):
-                for _, _, frame, _ in clip_frames(container, track, Media(path, None), size):
-                    yield frame
+                pictures = clip_frames(container, track, Media(path, None), size)
+                yield from (frame for _, _, frame, _ in pictures)
         else:
-            for _, frame, _ in animation_frames(image, size):
-                yield frame
+            yield from (frame for _, frame, _ in animation_frames(image, size))
 
 
 # Media out
@@ -1397,7 +1395,7 @@ def media_writer(path, source, width, note=lambda text: None):
 
 
 def windows(frames, total, length, overlap):
-    """Cuts `total` frames into windows of `length`: (array, how many were in the one before).
+    """Cuts `total` frames into windows of `length`: ([frame], how many were in the one before).
 
     The last window is as long as the others, so it shares more. What is shared is `overlap` or
     more, and 1 + a multiple of 4.
@@ -1408,7 +1406,7 @@ def windows(frames, total, length, overlap):
         shared = max(overlap, (length - left - 1) // 4 * 4 + 1) if done else 0
         new = itertools.islice(frames, min(left, length - shared))
         window = [*window[len(window) - shared :], *new]
-        yield np.stack(window), shared
+        yield window, shared
         done += len(window) - shared
 
 
@@ -1511,8 +1509,7 @@ class Tally:
         for path in paths:
             owner = self.owners.setdefault(os.path.realpath(path), name)
             if owner != name:
-                text = f'{path} is the result of {owner} already; a row\'s "output" names another'
-                raise ValueError(text)
+                raise ValueError(f'{path} is the result of {owner} already; "output" names another')
 
     def make(self, outputs, seconds):
         self.seconds.append(seconds)
