@@ -224,8 +224,7 @@ def open_image(path):
         no_memory = isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError)
         if no_memory or isinstance(error, MediaError):
             raise
-        problem = f"cannot be read, or is damaged or truncated ({error})"
-        raise MediaError(f"{path} {problem}") from None
+        raise MediaError(f"{path} cannot be read, or is damaged or truncated ({error})") from None
 
 
 def read_image(path, image, size):
@@ -456,9 +455,9 @@ def frame_rate(stamps, count, lasts, track):
     usual = [Fraction(round(stated)), Fraction(1000 * round(float(stated) * 1.001), 1001)]
     rates = [rate for rate in usual if rate and abs(rate - stated) < 0.0051]
     rates += [stated, track.average_rate or stated]
-    if len(stamps) < count or count == 1 or stamps != sorted(set(stamps)):  # AVI has none to show
-        return rates[0], ()
-    if any(later - earlier > LONGEST for earlier, later in itertools.pairwise(stamps)):
+    in_order = len(stamps) >= count > 1 and stamps == sorted(set(stamps))  # AVI has none to show
+    gaps = (later - earlier for earlier, later in itertools.pairwise(stamps))
+    if not in_order or max(gaps) > LONGEST:
         return rates[0], ()
     times = [stamp - stamps[0] for stamp in stamps]
     rates.append(((len(times) - 1) / times[-1]).limit_denominator(100_000))
@@ -1004,10 +1003,10 @@ def peak_memory(device):
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
-    try:
-        import resource
-    except ImportError:  # Windows
+    if os.name != "posix":
         return 0
+    import resource  # which Windows has not
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -1069,10 +1068,9 @@ def number(convert, least, most):
     """A type for argparse: an int or a float within bounds, which NaN never is."""
 
     def parse(text):
-        try:
+        value = math.nan
+        with contextlib.suppress(ValueError):
             value = convert(text)
-        except ValueError:
-            value = math.nan
         if not least <= value <= most:
             name = "a whole number" if convert is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {least} to {most}")
@@ -1316,18 +1314,14 @@ def input_ids(jobs):
 
 def name_outputs(args, job, inputs):
     """The files to write. Raises ValueError for one that cannot be, or that is among `inputs`."""
-    is_clip, source, output = holds_clip(job.source), job.source, job.output
+    source, output, is_clip = job.source, job.output, holds_clip(job.source)
     options = CLIP_OPTIONS if is_clip else IMAGE_OPTIONS
     if not output:
         stem, suffix = (source.stem, source.suffix) if source.is_file() else (source.name, "")
         if suffix.lower() not in options:
             suffix = ".mp4" if is_clip else ".png"
-        if args.many:
-            output = args.output / f"{stem}{suffix}"
-        else:
-            output = source.with_name(f"{stem}-edited{suffix}")
-            if output.exists():
-                raise ValueError(f"{output} exists; -o names another file, or this to replace it")
+        folder, stem = (args.output, stem) if args.many else (source.parent, f"{stem}-edited")
+        output = folder / f"{stem}{suffix}"
     outputs = [output]
     if args.compare:
         outputs.append(output.with_stem(f"{output.stem}_compare"))
@@ -1335,6 +1329,8 @@ def name_outputs(args, job, inputs):
         if path.suffix.lower() not in options:
             kind = f"{'a clip' if is_clip else 'an image'}; known are {' '.join(options)}"
             raise ValueError(f"{path} has no known extension of {kind}")
+        if path.exists() and not (job.output or args.many):
+            raise ValueError(f"{path} exists; -o names another file, or this to replace it")
         if path == args.progress:
             raise ValueError(f"--progress {path} is the result; name another file")
     for path in filter(None, (*outputs, args.progress)):
@@ -1423,8 +1419,9 @@ def edit(args, job, outputs, loaded):
         note(f"{job.source} is edited at {sizes} (see --area)")
         if args.weights == DEFAULT_WEIGHTS:
             note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
-    in_windows = args.overlap and source.is_video
-    frames = each_frame(job.source, args.size) if in_windows else source.frames
+    frames = source.frames
+    if args.overlap and source.is_video:  # of which the first frame was kept
+        frames = each_frame(job.source, args.size)
     phases, done, results, expected = Phases(), 0, [], []
     with contextlib.ExitStack() as stack:
         write = stack.enter_context(media_writer(outputs[0], source, width, note))
@@ -1434,14 +1431,14 @@ def edit(args, job, outputs, loaded):
         draw = args.progress and stack.enter_context(image_writer(args.progress))
         phases("load", 0, 1)
         model, phases.device = loaded()
-        given = job.instruction, references, args.steps, args.guidance, job.seed
-        given = *given, float(source.fps or 16), phases
+        settings = args.steps, args.guidance, job.seed, float(source.fps or 16), phases
         for window, shared in windows(frames, source.length, args.frames, args.overlap):
             known = {"start": np.stack(results[-shared:])} if shared else {}
             if draw and not done:
                 known["watch"] = expected.append
             results, shown = [], np.stack([scaled(frame, size) for frame in window])
-            model.edit(shown, *given, results.extend, **known)
+            given = shown, job.instruction, references, *settings, results.extend
+            model.edit(*given, **known)
             for frame, result in zip(window[shared:], results[shared:]):
                 result = scaled(result, (width, height))
                 write(result)
@@ -1471,11 +1468,11 @@ def read_job(args, line):
     output = row.get("output")
     if output is not None:
         # Rows come from anywhere, and must not reach files outside.
-        is_relative = isinstance(output, str) and output and not Path(output).is_absolute()
-        if not is_relative or ".." in Path(output).parts:
+        path = Path(output if isinstance(output, str) else "")
+        if not path.parts or path.is_absolute() or ".." in path.parts:
             problem = f"is not a file inside of {args.output}, named relative to it"
             raise ValueError(f"the output {output!r} {problem}")
-        output = args.output / output
+        output = args.output / path
     return Job(row["source"], row["instruction"], row["references"] or args.ref, seed, output)
 
 

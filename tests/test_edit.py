@@ -354,6 +354,9 @@ def test_output_has_a_name_by_default(negative, photo, clip, tmp_path, capsys):
     assert code == 0 and out == names
     code, _, err = run(capsys, photo, "x", "--weights", tmp_path)
     assert code == 2 and "photo-edited.png exists" in err and err.count("\n") == 1
+    os.remove(names[0])
+    code, _, err = run(capsys, photo, "x", "--compare", "--weights", tmp_path)
+    assert code == 2 and "photo-edited_compare.png exists" in err
     assert run(capsys, photo, "x", "-o", names[0], "--weights", tmp_path)[0] == 0
     ffmpeg("-i", clip, "-c", "copy", tmp_path / "film.ts")
     Image.open(photo).save(tmp_path / "scan.tif")
