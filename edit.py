@@ -9,9 +9,9 @@ The file's content decides between image and clip, not its extension. The result
 size, frame count, times and sound, aligned pixel for pixel, and takes its name once complete.
 stdout gets the names of the files written; stderr gets progress, remarks, seconds and memory.
 
-PIL reads images and animations; PyAV reads clips, and writes clips and animations. train.py uses
-`read_frames`, `media_shape` and `whole` too. torch and the models are imported late, inside `load`,
-so that a mistyped option is reported at once.
+PIL reads images and animations; PyAV reads clips, and writes clips and animations. train.py reads
+media and rows by this file too. torch and the models are imported late, inside `load`, so that a
+mistyped option is reported at once.
 """
 
 import signal
@@ -995,7 +995,7 @@ def explain(error):
 
 
 def peak_memory(device):
-    """Bytes: the peak on a CUDA device since the last call, else of the process so far."""
+    """Bytes: the peak of a CUDA device since the last call, else of the process so far."""
     if device.startswith("cuda"):
         import torch
 
@@ -1383,7 +1383,7 @@ def scaled(frame, size):
 
 
 def media_writer(path, source, width, note=lambda text: None):
-    """Gives write(frame) for a file like `source`, but for its width in pixels."""
+    """Gives write(frame) for a file like `source`, but `width` pixels wide."""
     if not source.is_video:
         return image_writer(path, source, note)
     shape = source.length, source.frames.shape[1], width, 3
@@ -1434,11 +1434,10 @@ def edit(args, job, outputs, loaded):
         settings = args.steps, args.guidance, job.seed, float(source.fps or 16), phases
         for window, shared in windows(frames, source.length, args.frames, args.overlap):
             known = {"start": np.stack(results[-shared:])} if shared else {}
-            if draw and not done:
+            if draw and not done:  # the first window
                 known["watch"] = expected.append
             results, shown = [], np.stack([scaled(frame, size) for frame in window])
-            given = shown, job.instruction, references, *settings, results.extend
-            model.edit(*given, **known)
+            model.edit(shown, job.instruction, references, *settings, results.extend, **known)
             for frame, result in zip(window[shared:], results[shared:]):
                 result = scaled(result, (width, height))
                 write(result)
