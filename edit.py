@@ -9,9 +9,9 @@ The file's content decides between image and clip, not its extension. The result
 size, frame count, times and sound, aligned pixel for pixel, and takes its name once complete.
 stdout gets the names of the files written; stderr gets progress, remarks, seconds and memory.
 
-PIL reads images and animations; PyAV reads clips, and writes clips and animations. train.py uses
-`read_frames`, `media_shape` and `whole` too. torch and the models are imported late, inside `load`,
-so that a mistyped option is reported at once.
+PIL reads images and animations; PyAV reads clips, and writes clips and animations. train.py reads
+media and rows by this file too. torch and the models are imported late, inside `load`, so that a
+mistyped option is reported at once.
 """
 
 import signal
@@ -83,7 +83,6 @@ CLIP_OPTIONS = {
     ".webp": ("webp", "libwebp_anim", "bgra", {"quality": "95"}),
     ".png": ("apng", "apng", "rgb24", {}),
 }
-KNOWN = {*IMAGE_OPTIONS, *CLIP_OPTIONS}
 ANIMATIONS = (".gif", ".webp", ".png")
 TRANSPARENT_CLIP_OPTIONS = {
     ".mov": ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
@@ -146,178 +145,26 @@ class Media:
         return self.fps is not None
 
 
-# Media in
+# Images in
 
 
-def read_frames(path, limit=None, size=None, kept=None):
-    """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of numbers).
-
-    Args:
-        limit: at most so many frames are decoded. None for all.
-        size: (width, height) to which every frame is scaled. None for its own.
-        kept: of a clip, only so many frames are returned; `each_frame` gives all of them.
-
-    Returns: Media. Frames are turned as the file says, and laid on white where transparent.
-    Raises FileNotFoundError, or MediaError for anything else than a whole image or clip.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return read_folder(path, limit, size, kept)
-    with open_image(path) as image:
-        if image is None:
-            return read_clip(path, limit, size, kept)
-        if frame_count(image) > 1:
-            return read_animation(path, image, limit, size, kept)
-        return read_image(path, image, size)
+def unless_opaque(alphas):
+    """[uint8 (H, W)] -> (T, H, W), or None where nothing is transparent."""
+    opaque = all(alpha.min() == 255 for alpha in alphas)
+    return None if opaque else np.stack(alphas)
 
 
-def each_frame(path, size=None):
-    """Yields the frames of a clip, uint8 (H, W, 3), one by one. Arguments and errors as above."""
-    if path.is_dir():
-        for file in frame_files(path):
-            yield read_frames(file, 1, size).frames[0]
-        return
-    with open_image(path) as image:
-        if image is None:
-            with open_clip(path) as (container, track):
-                for _, _, frame, _ in clip_frames(container, track, Media(path, None), size):
-                    yield frame
-        else:
-            for _, frame, _ in animation_frames(image, size):
-                yield frame
-
-
-def media_shape(path):
-    """(T, H, W) of what `read_frames` reads, by headers if possible. Raises the same errors."""
-    path = Path(path)
-    if path.is_dir():
-        files = frame_files(path)
-        return len(files), *media_shape(files[0])[1:]
-    with open_image(path) as image:
-        if image is None:
-            clip = read_clip(path, 1)
-            return clip.total, *clip.frames.shape[1:3]
-        length = frame_count(image)
-        # A PNG's EXIF counts only before its pixels, so that none need be decoded.
-        lies = length == 1 and Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
-        lies = lies and image.format != "TIFF"  # of which PIL tells the turned size
-        return length, *(image.size if lies else image.size[::-1])
-
-
-def holds_clip(path):
-    """Whether `read_frames` takes a path for a clip, by headers. Raises the same errors."""
-    if path.is_dir():
-        return bool(frame_files(path))
-    with open_image(path) as image:
-        if image is None:
-            with open_clip(path):
-                return True
-        return frame_count(image) > 1
-
-
-@contextlib.contextmanager
-def open_image(path):
-    """Gives the PIL image at `path`, None for what may be a clip. Errors inside are MediaErrors."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+def to_srgb(image, icc):
+    """Converts a PIL image by its color profile, unless that is damaged or of other colors."""
+    image = image.convert("RGBA") if image.mode == "P" else image
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
+    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     try:
-        try:
-            image = Image.open(path, formats=IMAGE_FORMATS)
-        except UnidentifiedImageError:
-            image = None
-        with image or contextlib.nullcontext():
-            if is_preview(path, image):
-                photo = "a camera raw, HEIC or AVIF photo"
-                raise MediaError(f"{path} is {photo}; convert it to JPEG, PNG or TIFF first")
-            yield image
-    except MediaError:
-        raise
-    except Exception as error:  # each decoder fails in its own way
-        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
-            raise  # PyAV has its own for sizes that a damaged file claims
-        problem = f"cannot be read, or is damaged or truncated ({error})"
-        raise MediaError(f"{path} {problem}") from None
-
-
-def is_preview(path, image):
-    """Whether only a preview or a tile of a photo would be opened. Most camera raws are TIFFs."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    if image and image.format == "TIFF":
-        tags = image.tag_v2
-        return tags.get(NEW_SUBFILE_TYPE, 0) & 1 or DNG_VERSION in tags or head[8:10] == b"CR"
-    return head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS
-
-
-def frame_count(image):
-    """The number of frames of an open PIL image; 1 for a format that is never animated."""
-    return image.n_frames if image.format in ANIMATED_FORMATS else 1
-
-
-def frame_files(path):
-    """The images of a folder, frame_2.png before frame_10.png, without hidden ones."""
-
-    def by_numbers(file):
-        pieces = re.split(r"(\d+)", file.name)
-        return [int(piece) if piece.isdecimal() else piece for piece in pieces]
-
-    files = [file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_OPTIONS]
-    if not files:
-        raise MediaError(f"{path} is a folder without images")
-    return sorted(files, key=by_numbers)
-
-
-def read_folder(path, limit, size, kept):
-    """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
-    files = frame_files(path)
-    total, files = len(files), files[:limit]
-    if len({media_shape(file)[1:] for file in files}) != 1:
-        raise MediaError(f"{path} is not a folder of images of one size")
-    frames = [read_frames(file, 1, size).frames[0] for file in files[:kept]]
-    return Media(path, np.stack(frames), len(files), fps=Fraction(16), total=total)
-
-
-def read_image(path, image, size):
-    """A PIL image -> Media of one frame, with its transparency, color profile and EXIF."""
-    profile = {}
-    ImageOps.exif_transpose(image, in_place=True)
-    with contextlib.suppress(Exception):  # damaged EXIF is left out
-        exif = image.getexif()
-        for tag in set(exif) - TIFF_TAGS if image.format == "TIFF" else ():
-            del exif[tag]
-        if len(exif):
-            profile["exif"] = exif.tobytes()
-    icc = image.info.get("icc_profile") or b""
-    if icc[16:20] == b"RGB ":  # CMYK and grey become sRGB, as the result is RGB
-        profile["icc_profile"] = icc
-    frame, alpha = pixels(image, size, None if profile.get("icc_profile") else icc)
-    return Media(path, frame[None], alpha=unless_opaque([alpha]), profile=profile)
-
-
-def read_animation(path, image, limit, size, kept):
-    """An animated PNG, WebP or GIF -> Media."""
-    frames, alphas, durations = [], [], []
-    for duration, frame, alpha in itertools.islice(animation_frames(image, size), limit):
-        durations.append(duration)
-        alphas.append(alpha)
-        if kept is None or len(frames) < kept:
-            frames.append(frame)
-    times, length = (0, *itertools.accumulate(durations)), len(durations)
-    fps = (length / times[-1]).limit_denominator(1001)
-    if max(durations) - min(durations) <= Fraction(1, 100):  # GIF counts in hundredths of a second
-        times = ()
-    loop = image.info.get("loop", 1)  # a GIF without it plays once
-    alpha, frames = unless_opaque(alphas), np.stack(frames)
-    return Media(path, frames, length, fps, image.n_frames, times, alpha, loop=loop)
-
-
-def animation_frames(image, size):
-    """Yields (seconds, frame, alpha) of an animation; frame and alpha as `pixels` gives them."""
-    icc = image.info.get("icc_profile")
-    for picture in ImageSequence.Iterator(image):
-        picture.load()  # before, WebP tells no duration
-        milliseconds = picture.info.get("duration") or 100  # browsers too show 0 as 100
-        yield Fraction(milliseconds) / 1000, *pixels(picture, size, icc)
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, profile, srgb, intent, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
 
 
 def pixels(image, size=None, icc=None):
@@ -343,23 +190,87 @@ def pixels(image, size=None, icc=None):
     return np.asarray(white.convert("RGB")), np.asarray(image.getchannel("A"))
 
 
-def unless_opaque(alphas):
-    """[uint8 (H, W)] -> (T, H, W), or None where nothing is transparent."""
-    opaque = all(alpha.min() == 255 for alpha in alphas)
-    return None if opaque else np.stack(alphas)
+def frame_count(image):
+    """The number of frames of an open PIL image; 1 for a format that is never animated."""
+    return image.n_frames if image.format in ANIMATED_FORMATS else 1
 
 
-def to_srgb(image, icc):
-    """Converts a PIL image by its color profile, unless that is damaged or of other colors."""
-    image = image.convert("RGBA") if image.mode == "P" else image
-    mode = "RGBA" if image.mode == "RGBA" else "RGB"
-    intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+def is_preview(path, image):
+    """Whether only a preview or a tile of a photo would be opened. Most camera raws are TIFFs."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if image and image.format == "TIFF":
+        tags = image.tag_v2
+        return tags.get(NEW_SUBFILE_TYPE, 0) & 1 or DNG_VERSION in tags or head[8:10] == b"CR"
+    return head[4:8] == b"ftyp" and head[8:11] in PHOTO_BRANDS
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """Gives the PIL image at `path`, None for what may be a clip. Errors inside are MediaErrors."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    image = None
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, profile, srgb, intent, outputMode=mode)
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return image
+        with contextlib.suppress(UnidentifiedImageError):
+            image = Image.open(path, formats=IMAGE_FORMATS)
+        with image or contextlib.nullcontext():
+            if is_preview(path, image):
+                photo = "a camera raw, HEIC or AVIF photo"
+                raise MediaError(f"{path} is {photo}; convert it to JPEG, PNG or TIFF first")
+            yield image
+    except Exception as error:  # each decoder fails in its own way
+        # PyAV has its own MemoryError, for sizes that a damaged file claims.
+        no_memory = isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError)
+        if no_memory or isinstance(error, MediaError):
+            raise
+        raise MediaError(f"{path} cannot be read, or is damaged or truncated ({error})") from None
+
+
+def read_image(path, image, size):
+    """A PIL image -> Media of one frame, with its transparency, color profile and EXIF."""
+    profile = {}
+    ImageOps.exif_transpose(image, in_place=True)
+    with contextlib.suppress(Exception):  # damaged EXIF is left out
+        exif = image.getexif()
+        for tag in set(exif) - TIFF_TAGS if image.format == "TIFF" else ():
+            del exif[tag]
+        if len(exif):
+            profile["exif"] = exif.tobytes()
+    icc = image.info.get("icc_profile") or b""
+    if icc[16:20] == b"RGB ":  # CMYK and grey become sRGB, as the result is RGB
+        profile["icc_profile"], icc = icc, None
+    frame, alpha = pixels(image, size, icc)
+    return Media(path, frame[None], alpha=unless_opaque([alpha]), profile=profile)
+
+
+def animation_frames(image, size):
+    """Yields (seconds, frame, alpha) of an animation; frame and alpha as `pixels` gives them."""
+    icc = image.info.get("icc_profile")
+    for picture in ImageSequence.Iterator(image):
+        picture.load()  # before, WebP tells no duration
+        milliseconds = picture.info.get("duration") or 100  # browsers too show 0 as 100
+        yield Fraction(milliseconds) / 1000, *pixels(picture, size, icc)
+
+
+def read_animation(path, image, limit, size, kept):
+    """An animated PNG, WebP or GIF -> Media."""
+    frames, alphas, durations = [], [], []
+    for duration, frame, alpha in itertools.islice(animation_frames(image, size), limit):
+        durations.append(duration)
+        alphas.append(alpha)
+        if kept is None or len(frames) < kept:
+            frames.append(frame)
+    times, length = (0, *itertools.accumulate(durations)), len(durations)
+    fps = (length / times[-1]).limit_denominator(1001)
+    if max(durations) - min(durations) <= Fraction(1, 100):  # GIF counts in hundredths of a second
+        times = ()
+    loop = image.info.get("loop", 1)  # a GIF without it plays once
+    alpha, frames = unless_opaque(alphas), np.stack(frames)
+    return Media(path, frames, length, fps, image.n_frames, times, alpha, loop=loop)
+
+
+# Clips in
 
 
 class SeekableFile(io.BufferedReader):
@@ -388,54 +299,6 @@ def open_clip(path):
             if not tracks or not tracks[0].codec_context:
                 raise error
             yield container, tracks[0]
-
-
-def read_clip(path, limit=None, size=None, kept=None):
-    """A clip -> Media."""
-    media, frames, alphas, stamps = Media(path, None), [], [], []
-    total = count_frames(path)
-    with open_clip(path) as (container, track):
-        for stamp, lasts, frame, alpha in clip_frames(container, track, media, size):
-            if stamp is not None:
-                stamps.append(stamp)
-            if len(alphas) == limit:  # one more frame tells how long the last one is shown
-                break
-            alphas.append(alpha)
-            if kept is None or len(frames) < kept:
-                frames.append(frame)
-        media.sound, media.length = len(container.streams.audio) > 0, len(alphas)
-        media.fps, media.times = frame_rate(stamps, media.length, lasts, track)
-    media.frames, media.alpha = np.stack(frames), unless_opaque(alphas)
-    media.total, media.start = max(total, media.length), min(stamps, default=Fraction(0))
-    return media
-
-
-def clip_frames(container, track, media, size):
-    """Yields (time, duration, frame, alpha) of a clip, in seconds and as `pixels` gives them.
-
-    `media` gets what the first frame says of all: colors, aspect, remarks.
-    """
-    pictures = decode(container, track)
-    first = next(pictures, None)
-    if first is None:
-        raise MediaError(f"{media.path} has no frame that can be decoded")
-    components, display = first.format.components, first.side_data.get("DISPLAYMATRIX")
-    aspect = (not size and track.sample_aspect_ratio) or Fraction(1)
-    if aspect != 1:
-        media.aspect = 1 / aspect if lies_on_side(display) else aspect
-    media.colors = clip_colors(first, track, media.remarks)
-    transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
-    bits = max(channel.bits for channel in components)
-    if bits > 8:
-        media.remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
-    layout = "rgba" if transparent else "rgb24"
-    pictures = itertools.chain([first], pictures)
-    for picture in to_rgb(pictures, layout, media.colors, media.remarks):
-        stamp = None if picture.pts is None else picture.pts * picture.time_base
-        lasts = (picture.duration or 0) * picture.time_base
-        frame, alpha = pixels(Image.fromarray(upright(picture.to_ndarray(), display)), size)
-        size = frame.shape[1::-1]
-        yield stamp, lasts, frame, alpha
 
 
 def count_frames(path):
@@ -477,24 +340,34 @@ def decode(container, track):
                 raise
 
 
-def to_rgb(pictures, layout, colors, remarks):
-    """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
-    graph = buffer = interlaced = None
-    for picture in pictures:
-        interlaced = interlaced or picture.interlaced_frame
-        previous, buffer = buffer, (picture.width, picture.height, picture.format.name, interlaced)
-        if buffer != previous:  # seldom after the first
-            yield from pulled(graph, None) if graph else ()
-            scale = EXACT
-            if not picture.format.is_rgb:
-                matrix = (colors or default_colors(picture.width, picture.height))[0]
-                limits = "full" if picture.color_range == FULL_RANGE else "auto"
-                scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
-            graph = filter_graph(*buffer, picture.time_base, scale, layout)
-        yield from pulled(graph, picture)
-    if interlaced:
-        remarks.append("is interlaced; the result is not")
-    yield from pulled(graph, None)
+def turn_of(display_matrix):
+    """How a clip's display matrix turns and mirrors it -> (sides are swapped, y step, x step)."""
+    if display_matrix is None:
+        return False, 1, 1
+    # Pixel (x, y) is shown at (ax + cy, bx + dy).
+    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5].tolist()
+    lies = abs(b) > abs(a)
+    right, down = (c, b) if lies else (a, d)
+    return lies, -1 if down < 0 else 1, -1 if right < 0 else 1
+
+
+def default_colors(width, height):
+    """What players take a clip for that names no colors: BT.709 if it is larger than a DVD."""
+    return BT709 if width > 1024 or height > 576 else BT601
+
+
+def clip_colors(picture, track, remarks):
+    """(matrix, primaries, transfer) of a clip; () where it names none, or is RGB."""
+    context = track.codec_context
+    matrix, primaries, transfer = context.colorspace, context.color_primaries, context.color_trc
+    if picture.format.is_rgb or {matrix, primaries, transfer} <= {0, UNKNOWN}:
+        return ()
+    if matrix not in MATRICES:
+        if matrix not in (0, UNKNOWN):
+            remarks.append(f"has colors (matrix {matrix} of H.273) that are not converted exactly")
+        default = default_colors(picture.width, picture.height)[0]
+        matrix = BT2020 if primaries == BT2020 else default
+    return matrix, primaries, transfer
 
 
 def filter_graph(width, height, layout, interlaced, tick, scale, new_layout):
@@ -516,46 +389,56 @@ def pulled(graph, picture):
             yield graph.pull()
 
 
-def turn_of(display_matrix):
-    """(a, b, c, d) of a clip's display matrix: pixel (x, y) is shown at (ax + cy, bx + dy)."""
-    if display_matrix is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(bytes(display_matrix), np.int32)[:5].tolist()
-    return a, b, c, d
+def to_rgb(pictures, layout, media):
+    """Yields frames as RGB or RGBA; from the first interlaced one on they are deinterlaced."""
+    graph = buffer = None
+    interlaced = False
+    for picture in pictures:
+        if picture.interlaced_frame and not interlaced:
+            interlaced = True
+            media.remarks.append("is interlaced; the result is not")
+        previous, buffer = buffer, (picture.width, picture.height, picture.format.name, interlaced)
+        if buffer != previous:  # seldom after the first
+            yield from pulled(graph, None) if graph else ()
+            scale = EXACT
+            if not picture.format.is_rgb:
+                matrix = (media.colors or default_colors(picture.width, picture.height))[0]
+                limits = "full" if picture.color_range == FULL_RANGE else "auto"
+                scale += f":in_color_matrix={MATRICES[matrix]}:in_range={limits}"
+            graph = filter_graph(*buffer, picture.time_base, scale, layout)
+        yield from pulled(graph, picture)
+    yield from pulled(graph, None)
 
 
-def lies_on_side(display_matrix):
-    """Whether a clip's display matrix turns it by 90 or 270 degrees, which swaps its sides."""
-    a, b, _, _ = turn_of(display_matrix)
-    return abs(b) > abs(a)
+def clip_frames(container, track, media, size):
+    """Yields (time, duration, frame, alpha) of a clip, in seconds and as `pixels` gives them.
 
-
-def upright(array, display_matrix):
-    """Turns an array (H, W, C) by quarters and mirrors it, as a clip's display matrix says."""
-    a, b, c, d = turn_of(display_matrix)
-    if lies_on_side(display_matrix):
-        array = array.swapaxes(0, 1)
-        a, d = c, b
-    return array[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-
-
-def clip_colors(picture, track, remarks):
-    """(matrix, primaries, transfer) of a clip; () where it names none, or is RGB."""
-    context = track.codec_context
-    matrix, primaries, transfer = context.colorspace, context.color_primaries, context.color_trc
-    if picture.format.is_rgb or {matrix, primaries, transfer} <= {0, UNKNOWN}:
-        return ()
-    if matrix not in MATRICES:
-        if matrix not in (0, UNKNOWN):
-            remarks.append(f"has colors (matrix {matrix} of H.273) that are not converted exactly")
-        default = default_colors(picture.width, picture.height)[0]
-        matrix = BT2020 if primaries == BT2020 else default
-    return matrix, primaries, transfer
-
-
-def default_colors(width, height):
-    """What players take a clip for that names no colors: BT.709 if it is larger than a DVD."""
-    return BT709 if width > 1024 or height > 576 else BT601
+    `media` gets what the first frame says of all: colors, aspect, remarks.
+    """
+    pictures = decode(container, track)
+    first = next(pictures, None)
+    if first is None:
+        raise MediaError(f"{media.path} has no frame that can be decoded")
+    components = first.format.components
+    lies, down, right = turn_of(first.side_data.get("DISPLAYMATRIX"))
+    aspect = (not size and track.sample_aspect_ratio) or Fraction(1)
+    if aspect != 1:
+        media.aspect = 1 / aspect if lies else aspect
+    media.colors = clip_colors(first, track, media.remarks)
+    transparent = first.format.has_palette or any(channel.is_alpha for channel in components)
+    bits = max(channel.bits for channel in components)
+    if bits > 8:
+        media.remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
+    layout = "rgba" if transparent else "rgb24"
+    pictures = itertools.chain([first], pictures)
+    for picture in to_rgb(pictures, layout, media):
+        stamp = None if picture.pts is None else picture.pts * picture.time_base
+        lasts = (picture.duration or 0) * picture.time_base
+        array = picture.to_ndarray()
+        array = (array.swapaxes(0, 1) if lies else array)[::down, ::right]
+        frame, alpha = pixels(Image.fromarray(array), size)
+        size = frame.shape[1::-1]
+        yield stamp, lasts, frame, alpha
 
 
 def frame_rate(stamps, count, lasts, track):
@@ -572,9 +455,9 @@ def frame_rate(stamps, count, lasts, track):
     usual = [Fraction(round(stated)), Fraction(1000 * round(float(stated) * 1.001), 1001)]
     rates = [rate for rate in usual if rate and abs(rate - stated) < 0.0051]
     rates += [stated, track.average_rate or stated]
-    if len(stamps) < count or count == 1 or stamps != sorted(set(stamps)):  # AVI has none to show
-        return rates[0], ()
-    if any(later - earlier > LONGEST for earlier, later in itertools.pairwise(stamps)):
+    in_order = len(stamps) >= count > 1 and stamps == sorted(set(stamps))  # AVI has none to show
+    gaps = (later - earlier for earlier, later in itertools.pairwise(stamps))
+    if not in_order or max(gaps) > LONGEST:
         return rates[0], ()
     times = [stamp - stamps[0] for stamp in stamps]
     rates.append(((len(times) - 1) / times[-1]).limit_denominator(100_000))
@@ -584,6 +467,116 @@ def frame_rate(stamps, count, lasts, track):
     if len(times) == count:
         times.append(times[-1] + (lasts or times[-1] / (count - 1)))
     return (count / times[-1]).limit_denominator(100_000), tuple(times)
+
+
+def read_clip(path, limit=None, size=None, kept=None):
+    """A clip -> Media."""
+    media, frames, alphas, stamps = Media(path, None), [], [], []
+    total = count_frames(path)
+    with open_clip(path) as (container, track):
+        for stamp, lasts, frame, alpha in clip_frames(container, track, media, size):
+            if stamp is not None:
+                stamps.append(stamp)
+            if len(alphas) == limit:  # one more frame tells how long the last one is shown
+                break
+            alphas.append(alpha)
+            if kept is None or len(frames) < kept:
+                frames.append(frame)
+        media.sound, media.length = len(container.streams.audio) > 0, len(alphas)
+        media.fps, media.times = frame_rate(stamps, media.length, lasts, track)
+    media.frames, media.alpha = np.stack(frames), unless_opaque(alphas)
+    media.total, media.start = max(total, media.length), min(stamps, default=Fraction(0))
+    return media
+
+
+# Media in: images, clips and folders
+
+
+def frame_files(path):
+    """The images of a folder, frame_2.png before frame_10.png, without hidden ones."""
+
+    def by_numbers(file):
+        pieces = re.split(r"(\d+)", file.name)
+        return [int(piece) if piece.isdecimal() else piece for piece in pieces]
+
+    files = [file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_OPTIONS]
+    if not files:
+        raise MediaError(f"{path} is a folder without images")
+    return sorted(files, key=by_numbers)
+
+
+def holds_clip(path):
+    """Whether `read_frames` takes a path for a clip, by headers. Raises its errors."""
+    if path.is_dir():
+        return bool(frame_files(path))
+    with open_image(path) as image:
+        if image is None:
+            with open_clip(path):
+                return True
+        return frame_count(image) > 1
+
+
+def media_shape(path):
+    """(T, H, W) of what `read_frames` reads, by headers if possible. Raises its errors."""
+    path = Path(path)
+    if path.is_dir():
+        files = frame_files(path)
+        return len(files), *media_shape(files[0])[1:]
+    with open_image(path) as image:
+        if image is None:
+            clip = read_clip(path, 1)
+            return clip.total, *clip.frames.shape[1:3]
+        length = frame_count(image)
+        # A PNG's EXIF counts only before its pixels, so that none need be decoded.
+        lies = length == 1 and Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+        lies = lies and image.format != "TIFF"  # of which PIL tells the turned size
+        return length, *(image.size if lies else image.size[::-1])
+
+
+def read_folder(path, limit, size, kept):
+    """The images of a folder, which must be of one size, as a clip of 16 frames per second."""
+    files = frame_files(path)
+    total, files = len(files), files[:limit]
+    if len({media_shape(file)[1:] for file in files}) != 1:
+        raise MediaError(f"{path} is not a folder of images of one size")
+    frames = [read_frames(file, 1, size).frames[0] for file in files[:kept]]
+    return Media(path, np.stack(frames), len(files), fps=Fraction(16), total=total)
+
+
+def read_frames(path, limit=None, size=None, kept=None):
+    """Reads an image, a clip, or a folder of images as a clip (16 fps, in the order of numbers).
+
+    Args:
+        limit: at most so many frames are decoded. None for all.
+        size: (width, height) to which every frame is scaled. None for its own.
+        kept: of a clip, only so many frames are returned; `each_frame` gives all of them.
+
+    Returns: Media. Frames are turned as the file says, and laid on white where transparent.
+    Raises FileNotFoundError, or MediaError for anything else than a whole image or clip.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_folder(path, limit, size, kept)
+    with open_image(path) as image:
+        if image is None:
+            return read_clip(path, limit, size, kept)
+        if frame_count(image) > 1:
+            return read_animation(path, image, limit, size, kept)
+        return read_image(path, image, size)
+
+
+def each_frame(path, size=None):
+    """Yields the frames of a clip, uint8 (H, W, 3), one by one. Arguments and errors as above."""
+    if path.is_dir():
+        yield from (read_frames(file, 1, size).frames[0] for file in frame_files(path))
+        return
+    with open_image(path) as image:
+        if image is None:
+            with open_clip(path) as (container, track):
+                pictures = clip_frames(container, track, Media(path, None), size)
+                yield from (frame for _, _, frame, _ in pictures)
+        else:
+            yield from (frame for _, frame, _ in animation_frames(image, size))
 
 
 # Media out
@@ -611,6 +604,7 @@ def whole(path):
         unfinished.unlink(missing_ok=True)
 
 
+@functools.cache  # once per folder: with thousands of results each look takes a while
 def sweep(folder):
     """Removes what killed processes of this machine left unfinished."""
     leftovers = folder.glob(f".????????-{platform.node()}-*.partial")
@@ -655,6 +649,12 @@ def image_writer(path, source=None, note=lambda text: None):
         yield write
 
 
+def write_image(path, frame, source=None):
+    """Writes uint8 (H, W, 3); arguments and errors as for `clip_writer`."""
+    with image_writer(path, source) as write:
+        write(frame)
+
+
 @contextlib.contextmanager
 def closing(container):
     """Gives a container and closes it. After an error, one that closing adds is of no interest."""
@@ -665,89 +665,6 @@ def closing(container):
             container.close()
         raise
     container.close()
-
-
-def write_image(path, frame, source=None):
-    """Writes uint8 (H, W, 3); arguments and errors as for `clip_writer`."""
-    with image_writer(path, source) as write:
-        write(frame)
-
-
-def write_clip(path, frames, fps, source=None):
-    """Writes uint8 (T, H, W, 3); arguments and errors as for `clip_writer`."""
-    with clip_writer(path, frames.shape, fps, source) as write:
-        for frame in frames:
-            write(frame)
-
-
-@contextlib.contextmanager
-def clip_writer(path, shape, fps, source=None, note=lambda text: None):
-    """Gives write(frame) for a clip of `shape` (T, H, W, 3) at `fps`, as the extension says.
-
-    What can fail fails before: the encoder is open, and sound and header are written. Sound and
-    subtitles are copied where the format takes them; else sound is coded anew, in stereo. They are
-    cut where the frames are only the first of the source.
-
-    Args:
-        source: the Media whose times, colors, transparency, tracks and titles go along.
-        note: called with one line on what cannot go along.
-
-    Raises OSError if the file cannot be written.
-    """
-    suffix, source, length = Path(path).suffix.lower(), source or Media(path, None), shape[0]
-    transparent = source.alpha is not None and suffix in TRANSPARENT_CLIP_OPTIONS
-    if source.alpha is not None and not transparent:
-        note(f"{suffix} cannot be transparent here; the result lies on white")
-    options = (TRANSPARENT_CLIP_OPTIONS if transparent else CLIP_OPTIONS)[suffix]
-    fps = Fraction(fps).limit_denominator(100_000)
-    tick, stamps = schedule(suffix, length, fps, source.times)
-    if source.aspect and (suffix in ANIMATIONS or suffix == ".webm"):  # PyAV cannot say it
-        note(f"{suffix} is written with square pixels; those of {source.path} are not")
-    if len(set(stamps)) <= length:
-        note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
-    durations = dict(zip(stamps, np.diff(stamps).tolist()))
-    muxing = muxer_options(suffix, source.loop, durations[stamps[-2]] * tick)
-    opening = {"mode": "w", "format": options[0], "container_options": muxing}
-    try:
-        with (
-            whole(path) as unfinished,
-            closing(av.open(str(unfinished), **opening)) as container,
-        ):
-            container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
-            track = add_pictures(container, options, shape, fps, tick, source)
-            if suffix not in ANIMATIONS and source.start is not None:
-                end = float(stamps[-1] * tick) if source.total > length else math.inf
-                add_other_tracks(container, source, end, note)
-            elif source.sound:
-                note(f"{suffix} holds no sound; that of {source.path} is left out")
-            container.start_encoding()
-            layout = "rgba" if transparent else "rgb24"
-            graph = encoder_graph(track.codec_context, layout, tick)
-            numbers = itertools.count()
-
-            def mux(pictures):
-                for picture in pictures:
-                    for packet in track.encode(picture):
-                        packet.duration = durations.get(packet.pts, 1)
-                        container.mux(packet)
-
-            def write(frame):
-                i = next(numbers)
-                if stamps[i] in stamps[:i]:
-                    return
-                if transparent:
-                    alpha = source.alpha[i]
-                    if suffix == ".gif":  # which has no half transparent pixels
-                        alpha = np.where(alpha < 128, np.uint8(0), np.uint8(255))
-                    frame = without_white(frame, alpha)
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
-                picture.pts, picture.time_base = stamps[i], tick
-                mux(pulled(graph, picture))
-
-            yield write
-            mux([*pulled(graph, None), None])
-    except av.FFmpegError as error:
-        raise OSError(f"{path} could not be written: {error.strerror}") from None
 
 
 def schedule(suffix, length, fps, times):
@@ -821,43 +738,26 @@ def encoder_graph(encoder, layout, tick):
     return graph
 
 
-def add_other_tracks(container, source, end, note):
-    """Adds sound, subtitles and titles of a clip, up to `end` seconds, but no chapters."""
-    sound_codec = "libopus" if container.format.name == "webm" else "aac"
-    ways = {"audio": (None, sound_codec), "subtitle": (None,)}  # None copies
-    codecs, left_out = {}, []
-    with open_clip(source.path) as (original, pictures):
-        for title, text in original.metadata.items():
-            if title.lower() not in TECHNICAL_TITLES:
-                container.metadata[title] = text
-        if original.chapters():
-            left_out.append("chapters")
-        for track in original.streams:
-            if track.index == pictures.index or track.type == "data":
-                continue
-            for codec in ways.get(track.type, ()):
-                readable = codec is None or track.codec_context
-                if readable and fits(container.format.name, source, {track.index: codec}, end):
-                    codecs[track.index] = codec
-                    break
-            else:
-                name = track.codec_context.name if track.codec_context else "unknown codec"
-                left_out.append(f"{track.type} track {track.index} ({name})")
-    if codecs:
-        carry(container, source, codecs, end)
-    if left_out:
-        note(f"{source.path}: left out of the result: {', '.join(left_out)}")
+def picture_encoder(container, track, layout, tick, stamps):
+    """-> encode(frame, i), which writes frame i of a clip; a frame of None ends the track."""
+    graph = encoder_graph(track.codec_context, layout, tick)
+    durations = dict(zip(stamps, np.diff(stamps).tolist()))
 
+    def encode(frame, i):
+        if frame is None:
+            pictures = [*pulled(graph, None), None]
+        elif stamps[i] == stamps[i - 1]:  # left out: see `schedule`
+            return
+        else:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
+            picture.pts, picture.time_base = stamps[i], tick
+            pictures = pulled(graph, picture)
+        for picture in pictures:
+            for packet in track.encode(picture):
+                packet.duration = durations.get(packet.pts, 1)
+                container.mux(packet)
 
-def fits(format_name, source, codecs, end):
-    """Whether a format takes tracks: they are written to memory."""
-    try:
-        with av.open(io.BytesIO(), "w", format_name) as trial:
-            carry(trial, source, codecs, end)
-            trial.start_encoding()
-        return True
-    except Exception:  # muxers, decoders and encoders refuse in their own ways
-        return False
+    return encode
 
 
 def carry(container, source, codecs, end):
@@ -902,7 +802,125 @@ def carry(container, source, codecs, end):
                 container.mux(new.encode(None))
 
 
-# Rows: edits in a file, for --batch and for train.py.
+def fits(format_name, source, codecs, end):
+    """Whether a format takes tracks: they are written to memory."""
+    try:
+        with av.open(io.BytesIO(), "w", format_name) as trial:
+            carry(trial, source, codecs, end)
+            trial.start_encoding()
+        return True
+    except Exception:  # muxers, decoders and encoders refuse in their own ways
+        return False
+
+
+def add_other_tracks(container, source, end, note):
+    """Adds sound, subtitles and titles of a clip, up to `end` seconds, but no chapters."""
+    sound_codec = "libopus" if container.format.name == "webm" else "aac"
+    ways = {"audio": (None, sound_codec), "subtitle": (None,)}  # None copies
+    codecs, left_out = {}, []
+    with open_clip(source.path) as (original, pictures):
+        for title, text in original.metadata.items():
+            if title.lower() not in TECHNICAL_TITLES:
+                container.metadata[title] = text
+        if original.chapters():
+            left_out.append("chapters")
+        for track in original.streams:
+            if track.index == pictures.index or track.type == "data":
+                continue
+            for codec in ways.get(track.type, ()):
+                if fits(container.format.name, source, {track.index: codec}, end):
+                    codecs[track.index] = codec
+                    break
+            else:
+                name = track.codec_context.name if track.codec_context else "unknown codec"
+                left_out.append(f"{track.type} track {track.index} ({name})")
+    if codecs:
+        carry(container, source, codecs, end)
+    if left_out:
+        note(f"{source.path}: left out of the result: {', '.join(left_out)}")
+
+
+@contextlib.contextmanager
+def clip_writer(path, shape, fps, source=None, note=lambda text: None):
+    """Gives write(frame) for a clip of `shape` (T, H, W, 3) at `fps`, as the extension says.
+
+    What can fail fails before: the encoder is open, and sound and header are written. Sound and
+    subtitles are copied where the format takes them; else sound is coded anew, in stereo. They are
+    cut where the frames are only the first of the source.
+
+    Args:
+        source: the Media whose times, colors, transparency, tracks and titles go along.
+        note: called with one line on what cannot go along.
+
+    Raises OSError if the file cannot be written.
+    """
+    suffix, source, length = Path(path).suffix.lower(), source or Media(path, None), shape[0]
+    transparent = source.alpha is not None and suffix in TRANSPARENT_CLIP_OPTIONS
+    if source.alpha is not None and not transparent:
+        note(f"{suffix} cannot be transparent here; the result lies on white")
+    options = (TRANSPARENT_CLIP_OPTIONS if transparent else CLIP_OPTIONS)[suffix]
+    fps = Fraction(fps).limit_denominator(100_000)
+    tick, stamps = schedule(suffix, length, fps, source.times)
+    if source.aspect and (suffix in ANIMATIONS or suffix == ".webm"):  # PyAV cannot say it
+        note(f"{suffix} is written with square pixels; those of {source.path} are not")
+    if len(set(stamps)) <= length:
+        note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
+    muxing = muxer_options(suffix, source.loop, (stamps[-1] - stamps[-2]) * tick)
+    alphas, opening = source.alpha, {"format": options[0], "container_options": muxing}
+    if transparent and suffix == ".gif":  # which has no half transparent pixels
+        alphas = np.where(alphas < 128, np.uint8(0), np.uint8(255))
+    try:
+        with whole(path) as file, closing(av.open(str(file), "w", **opening)) as container:
+            container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
+            track = add_pictures(container, options, shape, fps, tick, source)
+            if suffix not in ANIMATIONS and source.start is not None:
+                end = float(stamps[-1] * tick) if source.total > length else math.inf
+                add_other_tracks(container, source, end, note)
+            elif source.sound:
+                note(f"{suffix} holds no sound; that of {source.path} is left out")
+            container.start_encoding()
+            layout = "rgba" if transparent else "rgb24"
+            encode = picture_encoder(container, track, layout, tick, stamps)
+            numbers = itertools.count()
+
+            def write(frame):
+                i = next(numbers)
+                encode(without_white(frame, alphas[i]) if transparent else frame, i)
+
+            yield write
+            encode(None, None)
+    except av.FFmpegError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
+
+
+def write_clip(path, frames, fps, source=None):
+    """Writes uint8 (T, H, W, 3); arguments and errors as for `clip_writer`."""
+    with clip_writer(path, frames.shape, fps, source) as write:
+        for frame in frames:
+            write(frame)
+
+
+# Rows: edits in a file, for --batch and for train.py
+
+
+def read_json_lines(stream):
+    """See `read_lines`."""
+    for i, line in enumerate(stream, 1):
+        line = line.strip("\ufeff \t\r\n")
+        if line:
+            yield i, line
+
+
+def read_csv(stream):
+    """See `read_lines`."""
+    reader = csv.DictReader(stream, strict=True)  # an open quote would swallow edits
+    missing = {"src_video", "tgt_video", "prompt"}.difference(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"no column {', '.join(sorted(missing))}")
+    for row in reader:
+        references = [row["ref_image"]] if row.get("ref_image") else []
+        edit = {"source": row["src_video"], "target": row["tgt_video"], "references": references}
+        yield reader.line_num, json.dumps(edit | {"instruction": row["prompt"]})
 
 
 def read_lines(file):
@@ -917,27 +935,9 @@ def read_lines(file):
     try:
         # Bytes that are no text become surrogates, so that only their own line is broken.
         with file.open(encoding=encoding, errors="surrogateescape", newline=newline) as stream:
-            if is_csv:
-                yield from read_csv(stream)
-            else:
-                for i, line in enumerate(stream, 1):
-                    if line.strip("\ufeff \r\n"):
-                        yield i, line.lstrip("\ufeff")
+            yield from (read_csv if is_csv else read_json_lines)(stream)
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{file}: {error}") from None
-
-
-def read_csv(stream):
-    """See read_lines."""
-    reader = csv.DictReader(stream, strict=True)  # an open quote would swallow edits
-    missing = {"src_video", "tgt_video", "prompt"}.difference(reader.fieldnames or ())
-    if missing:
-        raise ValueError(f"no column {', '.join(sorted(missing))}")
-    for row in reader:
-        edit = {"source": row["src_video"], "target": row["tgt_video"]}
-        edit |= {"instruction": row["prompt"]}
-        edit |= {"references": [row["ref_image"]] if row.get("ref_image") else []}
-        yield reader.line_num, json.dumps(edit)
 
 
 def read_row(line, folder, files=("source",)):
@@ -946,7 +946,7 @@ def read_row(line, folder, files=("source",)):
     Raises ValueError for anything else than texts in the places of paths and instruction.
     """
     try:
-        row = dict(json.loads(line.strip()))
+        row = dict(json.loads(line))
         references = row.get("references") or []
         paths = [*(row[name] for name in files), *references]
         are_paths = all(isinstance(path, str) and path for path in paths)
@@ -983,6 +983,32 @@ def note(text):
 
 
 note_once = functools.cache(note)
+
+
+def explain(error):
+    """What is wrong, and what would be right, in words; None for a fault of the program."""
+    words = "out of memory|not enough memory|allocate memory"  # of torch
+    no_memory = isinstance(error, RuntimeError) and re.search(words, str(error))
+    if no_memory or isinstance(error, MemoryError):
+        return "out of memory; a smaller --area or fewer --frames need less"
+    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+
+
+def peak_memory(device):
+    """Bytes: the peak of a CUDA device since the last call, else of the process so far."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    if os.name != "posix":
+        return 0
+    import resource  # which Windows has not
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Phases:
@@ -1029,23 +1055,6 @@ class Phases:
         return "\n".join(lines)
 
 
-def peak_memory(device):
-    """Bytes: the peak on a CUDA device since the last call, else of the process so far."""
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but for how it reports a mistake."""
 
@@ -1059,10 +1068,9 @@ def number(convert, least, most):
     """A type for argparse: an int or a float within bounds, which NaN never is."""
 
     def parse(text):
-        try:
+        value = math.nan
+        with contextlib.suppress(ValueError):
             value = convert(text)
-        except ValueError:
-            value = math.nan
         if not least <= value <= most:
             name = "a whole number" if convert is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {least} to {most}")
@@ -1071,22 +1079,19 @@ def number(convert, least, most):
     return parse
 
 
-def width_by_height(text):
-    """A type for argparse: "832x480" -> (832, 480)."""
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 832x480")
-    return int(match[1]), int(match[2])
+def pair(sign, kind):
+    """A type for argparse: two whole numbers with a sign between them, as in "832x480"."""
+
+    def parse(text):
+        match = re.fullmatch(rf"(\d{{1,6}}){sign}(\d{{1,6}})", text)
+        if not match:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}")
+        return int(match[1]), int(match[2])
+
+    return parse
 
 
-def share(text):
-    """A type for argparse: "0/4" -> (0, 4)."""
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0/4, 1/4, 2/4 or 3/4")
-    return int(match[1]), int(match[2])
-
-
+SHARE = "a share such as 0/4, 1/4, 2/4 or 3/4"
 USAGE = 'INPUT [INPUT ...] "INSTRUCTION IN QUOTES"'
 EPILOG = f"""\
 Several edits need -o FOLDER. The model is loaded once. A result that is there is left alone, so
@@ -1103,8 +1108,30 @@ The model sees transparent pictures on white;
 it, in .mp4, .mov and .mkv as H.264 4:4:4, which not every player shows."""
 
 
+def interpret(args):
+    """Tells inputs and instruction apart, and one edit from many. Raises ValueError."""
+    if args.words == ["-"] and not args.batch:
+        args.batch, args.words = STDIN, []
+    *inputs, args.instruction = args.words or [""]
+    args.inputs = [Path(word) for word in inputs]
+    if args.batch and args.words:
+        raise ValueError(f"there is no use for {args.words[0]}: --batch {args.batch} has all edits")
+    if not args.batch and not inputs:
+        raise ValueError(f"expected {USAGE}, and the options that --help lists")
+    if args.output == "":
+        raise ValueError("-o is empty; name a file or a folder")
+    is_folder = args.output and (args.output.endswith(("/", os.sep)) or os.path.isdir(args.output))
+    args.many = bool(args.batch or len(inputs) > 1 or is_folder)
+    args.output = args.output and Path(args.output)
+    part, parts = args.shard
+    if part >= parts:
+        raise ValueError(f"--shard: '{part}/{parts}' is not {SHARE}")
+    if parts > 1 and (not args.many or args.batch == STDIN):
+        raise ValueError("--shard is for several edits, but not for those of stdin")
+
+
 def parse(argv):
-    """The arguments. --help shows every default; ends the program with one line on a mistake."""
+    """The arguments; --help shows every default. A mistake ends the program or is a ValueError."""
     parser = Parser(
         prog="edit.py",
         usage=f"edit.py {USAGE} [options]\n       edit.py --batch FILE -o FOLDER [options]",
@@ -1127,7 +1154,8 @@ def parse(argv):
     help = 'edits as lines of JSON, {"source": "a.png", "instruction": "..."}, and if wanted '
     help += '"references": ["b.png"], "output": "c.png", "seed": 1; - is stdin'
     add("--batch", "FILE", Path, help)
-    add("--shard", "I/N", share, "every N-th of several edits: 0/4, 1/4, 2/4 and 3/4 make all")
+    help, share = "every N-th of several edits: 0/4, 1/4, 2/4 and 3/4 make all", pair("/", SHARE)
+    add("--shard", "I/N", share, help, default=(0, 1))
     add("--ref", "IMAGE", Path, "reference image; may be repeated", action="append", default=[])
     add("--weights", "DIR", Path, "folder (default: weights/shapes)", default=DEFAULT_WEIGHTS)
     add("--instructx", "DIR", Path, "what train.py wrote, for the instructx/ in the weights folder")
@@ -1135,11 +1163,10 @@ def parse(argv):
     scale = number(float, 1, 100)
     add("--guidance", "G", scale, f"weight of the instruction; 1 is fastest {configured(5)}")
     add("--seed", "N", number(int, 0, 2**63 - 1), "of the noise (default: 0)", default=0)
-    add("--size", "WxH", width_by_height, "scale the input to this size first (default: its own)")
-    area = number(int, SMALLEST**2, LARGEST_AREA)
-    add(
-        "--area", "PIXELS", area, f"edit larger inputs at this, and scale back {configured('none')}"
-    )
+    help = "scale the input to this size first (default: its own)"
+    add("--size", "WxH", pair("x", "a size such as 832x480"), help)
+    help = f"edit larger inputs at this, and scale back {configured('none')}"
+    add("--area", "PIXELS", number(int, SMALLEST**2, LARGEST_AREA), help)
     count = number(int, 1, 10**6)
     add("--frames", "N", count, "edit the first N frames of a clip (default: 81)", default=81)
     help = "edit all of a longer clip, in windows of --frames that share N; 1 + a multiple of 4"
@@ -1157,30 +1184,17 @@ def parse(argv):
     help = "let the VAE work on squares of this side: less memory, and a slightly different result"
     add("--tile", "PIXELS", number(int, 64, LARGEST), help)
     args = parser.parse_intermixed_args(argv)
-    try:
-        interpret(args)
-    except ValueError as error:
-        parser.error(str(error))
+    interpret(args)
     return args
 
 
-def interpret(args):
-    """Tells inputs and instruction apart, and one edit from many. Raises ValueError."""
-    if args.words == ["-"] and not args.batch:
-        args.batch, args.words = STDIN, []
-    *inputs, args.instruction = args.words or [""]
-    args.inputs = [Path(word) for word in inputs]
-    if args.batch and args.words:
-        raise ValueError(f"there is no use for {args.words[0]}: --batch {args.batch} has all edits")
-    if not args.batch and not inputs:
-        raise ValueError(f"expected {USAGE}, and the options that --help lists")
-    if args.output == "":
-        raise ValueError("-o is empty; name a file or a folder")
-    is_folder = args.output and (args.output.endswith(("/", os.sep)) or os.path.isdir(args.output))
-    args.many = bool(args.batch or len(inputs) > 1 or is_folder)
-    args.output = args.output and Path(args.output)
-    if args.shard and (not args.many or args.batch == STDIN):
-        raise ValueError("--shard is for several edits, but not for those of stdin")
+def read_config(folder, name="config.json"):
+    """The config of a folder; {} if it is missing or damaged, as loading will report."""
+    try:
+        config = json.loads((folder / name).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_arguments(args):
@@ -1195,12 +1209,14 @@ def check_arguments(args):
         raise ValueError(f"there is no file {args.batch}; what comes through a pipe: --batch -")
     if args.many and not args.output:
         raise ValueError("several edits need -o FOLDER; the instruction stands in quotes")
-    is_file = args.many and (args.output.is_file() or args.output.suffix.lower() in KNOWN)
-    if is_file and not args.output.is_dir():
+    is_new = args.many and not args.output.is_dir()
+    known = {*IMAGE_OPTIONS, *CLIP_OPTIONS}
+    if is_new and (args.output.is_file() or args.output.suffix.lower() in known):
         raise ValueError(f"{args.output} is no folder; several edits need one")
-    lengths = args.frames, args.overlap
-    if args.progress and (args.many or args.progress.suffix.lower() not in IMAGE_OPTIONS):
+    wide = (".png", ".jpg", ".jpeg")  # a WebP has no room for six large pictures
+    if args.progress and (args.many or args.progress.suffix.lower() not in wide):
         raise ValueError(f"--progress {args.progress}: a picture, such as steps.png, of one edit")
+    lengths = args.frames, args.overlap
     if args.overlap and not (args.overlap < args.frames and {n % 4 for n in lengths} == {1}):
         rule = "each is 1 + a multiple of 4, and windows are longer than what they share"
         raise ValueError(f"--overlap {args.overlap} of --frames {args.frames}: {rule}")
@@ -1214,43 +1230,26 @@ def check_arguments(args):
         raise ValueError(f"{args.weights} is what train.py wrote: use --instructx {args.weights}")
 
 
-def read_config(folder, name="config.json"):
-    """The config of a folder; {} if it is missing or damaged, as loading will report."""
-    try:
-        config = json.loads((folder / name).read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def trained_area(args):
     """Pixels of the pictures that the weights were trained on; 0 if they do not say."""
     if not args.instructx and read_config(args.weights / "mllm_encoder"):
         return 1280 * 720  # Kiwi-Edit
     area = read_config(args.instructx or args.weights / "instructx").get("area")
-    return area if isinstance(area, int) else 0
+    return area if isinstance(area, int) and area > 0 else 0
 
 
-def read_inputs(args):
-    """Media of the source, [uint8 (H, W, 3)] of the references. Notes what is unusual."""
-    _, height, width = media_shape(args.input)
-    check_size(args.input, *working_size(*(args.size or (width, height)), args.area))
-    for path in args.ref:
-        length, height, width = media_shape(path)
-        if length > 1 or path.is_dir():
-            raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
-        check_size(path, width, height)
-    in_windows = args.overlap and holds_clip(args.input)
-    limits = {"kept": 1} if in_windows else {"limit": args.frames}
-    source = read_frames(args.input, size=args.size, **limits)
-    for remark in source.remarks:
-        note(f"{args.input} {remark}")
-    count, total = source.length, source.total
-    if count < min(total, limits.get("limit", total)):
-        note(f"{args.input} has {total} frames, of which {count} can be decoded")
-    elif count < total:
-        note(f"{args.input} has {total} frames; the first {count} are edited (see --overlap)")
-    return source, [read_frames(path).frames[0] for path in args.ref]
+# One edit
+
+
+@dataclass
+class Job:
+    """One edit that is asked for. All that several edits share is in the arguments."""
+
+    source: Path
+    instruction: str
+    references: list  # of paths
+    seed: int
+    output: Path | None = None  # None: the source tells the name
 
 
 def working_size(width, height, area):
@@ -1271,11 +1270,32 @@ def check_size(path, width, height):
     short, long = sorted((width, height))
     narrow = long >= MOST_NARROW * short
     if narrow or not SMALLEST <= short <= long <= LARGEST or short * long > LARGEST_AREA:
-        sides = f"sides must have {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all"
-        ratio = f"the longer less than {MOST_NARROW} times the shorter"
-        problem = f"is too small, large or narrow: {sides}, {ratio}"
-        remedy = "scale it first (--size WxH or --area PIXELS scale the INPUT)"
-        raise MediaError(f"{path} at {width}x{height} {problem}; {remedy}")
+        raise MediaError(
+            f"{path} at {width}x{height} is too small, large or narrow: sides must have {SMALLEST} "
+            f"to {LARGEST} pixels, {LARGEST_AREA} in all, the longer less than {MOST_NARROW} times "
+            "the shorter; scale it first (--size WxH or --area PIXELS scale the INPUT)"
+        )
+
+
+def read_inputs(args, job):
+    """Media of the source, [uint8 (H, W, 3)] of the references. Notes what is unusual."""
+    _, height, width = media_shape(job.source)
+    check_size(job.source, *working_size(*(args.size or (width, height)), args.area))
+    for path in job.references:
+        length, height, width = media_shape(path)
+        if length > 1 or path.is_dir():
+            raise ValueError(f"--ref {path} is a clip or a folder; a reference is an image")
+        check_size(path, width, height)
+    limits = {"kept": 1} if args.overlap else {"limit": args.frames}
+    source = read_frames(job.source, size=args.size, **limits)
+    for remark in source.remarks:
+        note(f"{job.source} {remark}")
+    count, total = source.length, source.total
+    if count < min(total, limits.get("limit", total)):
+        note(f"{job.source} has {total} frames, of which {count} can be decoded")
+    elif count < total:
+        note(f"{job.source} has {total} frames; the first {count} are edited (see --overlap)")
+    return source, [read_frames(path).frames[0] for path in job.references]
 
 
 def file_id(path):
@@ -1287,42 +1307,39 @@ def file_id(path):
     return status.st_dev, status.st_ino
 
 
-def input_ids(edits):
-    """{file_id} of all that edits read."""
-    return {file_id(path) for args in edits for path in (args.input, *args.ref)} - {None}
+def input_ids(jobs):
+    """{file_id} of all that jobs read."""
+    return {file_id(path) for job in jobs for path in (job.source, *job.references)} - {None}
 
 
-def name_outputs(args, inputs):
-    """The files to write. Raises ValueError for one that cannot be, or that would be lost.
-
-    inputs: {file_id} of what must not be written over.
-    """
-    is_clip = holds_clip(args.input)
+def name_outputs(args, job, inputs):
+    """The files to write. Raises ValueError for one that cannot be, or that is among `inputs`."""
+    source, output, is_clip = job.source, job.output, holds_clip(job.source)
     options = CLIP_OPTIONS if is_clip else IMAGE_OPTIONS
-    output = args.output
     if not output:
-        usual = ".mp4" if is_clip else ".png"
-        keeps = args.input.suffix.lower() in options and args.input.is_file()
-        suffix = args.input.suffix if keeps else usual
-        stem = args.input.stem if args.input.is_file() else args.input.name
-        named = f"{stem}{suffix}", f"{stem}-edited{suffix}"
-        output = args.folder / named[0] if args.folder else args.input.with_name(named[1])
+        stem, suffix = (source.stem, source.suffix) if source.is_file() else (source.name, "")
+        if suffix.lower() not in options:
+            suffix = ".mp4" if is_clip else ".png"
+        folder, stem = (args.output, stem) if args.many else (source.parent, f"{stem}-edited")
+        output = folder / f"{stem}{suffix}"
     outputs = [output]
     if args.compare:
         outputs.append(output.with_stem(f"{output.stem}_compare"))
     for path in outputs:
         if path.suffix.lower() not in options:
-            content = "a clip" if is_clip else "an image"
-            known = f"known are {' '.join(options)}"
-            raise ValueError(f"{path} has no known extension of {content}; {known}")
+            kind = f"{'a clip' if is_clip else 'an image'}; known are {' '.join(options)}"
+            raise ValueError(f"{path} has no known extension of {kind}")
+        if path.exists() and not (job.output or args.many):
+            raise ValueError(f"{path} exists; -o names another file, or this to replace it")
+        if path == args.progress:
+            raise ValueError(f"--progress {path} is the result; name another file")
+    for path in filter(None, (*outputs, args.progress)):
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is a folder or a device; name a file")
-        if path.exists() and file_id(path) in inputs:
+        if file_id(path) in inputs:
             raise ValueError(f"{path} is an input, which would be lost; name another file")
         if file_id(path.parent) in inputs:
             raise ValueError(f"{path} would become a frame of an input; name another folder")
-        if path.exists() and not args.output and not args.folder:
-            raise ValueError(f"{path} exists; name another file by -o, or this one to replace it")
         sweep(path.parent)
     return outputs
 
@@ -1365,80 +1382,16 @@ def scaled(frame, size):
     return pixels(Image.fromarray(frame), size)[0]
 
 
-@contextlib.contextmanager
-def result_writer(outputs, source):
-    """Gives write(frame, result) for the files of an edit: the result, and both side by side."""
-    shape = source.length, *source.frames.shape[1:]
-    wide = *shape[:2], 2 * shape[2], 3
-    beside = replace(source, alpha=None, profile={})
-    with contextlib.ExitStack() as stack:
-        if source.is_video:
-            writers = [clip_writer(outputs[0], shape, source.fps, source, note)]
-            writers += [clip_writer(path, wide, source.fps, beside) for path in outputs[1:]]
-        else:
-            writers = [image_writer(outputs[0], source, note)]
-            writers += [image_writer(path, beside) for path in outputs[1:]]
-        writers = [stack.enter_context(writer) for writer in writers]
-
-        def write(frame, result):
-            pictures = [result, np.concatenate([frame, result], axis=1)]
-            for writer, picture in zip(writers, pictures):
-                writer(picture)
-
-        yield write
-
-
-def edit(args, outputs, loaded):
-    """Makes one edit, of args.input. loaded() -> (model, device), called once all else is fine."""
-    source, references = read_inputs(args)
-    height, width = source.frames.shape[1:3]
-    size = working_size(width, height, args.area)
-    if size != (width, height):
-        sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
-        note(f"{args.input} is edited at {sizes} (see --area)")
-        if args.weights == DEFAULT_WEIGHTS:
-            note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
-    pieces = [(source.frames, 0)]
-    if args.overlap and source.is_video:
-        frames = each_frame(args.input, args.size)
-        pieces = windows(frames, source.length, args.frames, args.overlap)
-    phases, done = Phases(), 0
-    with contextlib.ExitStack() as stack:
-        write = stack.enter_context(result_writer(outputs, source))
-        draw = args.progress and stack.enter_context(image_writer(args.progress))
-        phases("load", 0, 1)
-        model, phases.device = loaded()
-        settings = args.steps, args.guidance, args.seed, float(source.fps or 16)
-        for frames, shared in pieces:
-            known = {"start": np.stack(results[-shared:])} if shared else {}
-            results = []  # of this window
-
-            def take(piece):
-                for result in piece:
-                    if len(results) >= shared:
-                        write(frames[len(results)], scaled(result, (width, height)))
-                    results.append(result)
-
-            expected = []  # of the first window
-            if draw and not done:
-                known["watch"] = expected.append
-            shown = frames
-            if size != (width, height):
-                shown = np.stack([scaled(frame, size) for frame in frames])
-            model.edit(shown, args.instruction, references, *settings, phases, take, **known)
-            if expected:
-                chosen = np.linspace(0, len(expected) - 1, 6).round().astype(int)
-                draw(np.concatenate([expected[i] for i in chosen], axis=1))
-            done += len(frames) - shared
-            if done < source.length:
-                note(f"{args.input}: {done} of {source.length} frames are done")
-    phases.end()
-    if not args.many:
-        say(phases.table(), sys.stderr)
+def media_writer(path, source, width, note=lambda text: None):
+    """Gives write(frame) for a file like `source`, but `width` pixels wide."""
+    if not source.is_video:
+        return image_writer(path, source, note)
+    shape = source.length, source.frames.shape[1], width, 3
+    return clip_writer(path, shape, source.fps, source, note)
 
 
 def windows(frames, total, length, overlap):
-    """Cuts `total` frames into windows of `length`: (array, how many were in the one before).
+    """Cuts `total` frames into windows of `length`: ([frame], how many were in the one before).
 
     The last window is as long as the others, so it shares more. What is shared is `overlap` or
     more, and 1 + a multiple of 4.
@@ -1449,44 +1402,94 @@ def windows(frames, total, length, overlap):
         shared = max(overlap, (length - left - 1) // 4 * 4 + 1) if done else 0
         new = itertools.islice(frames, min(left, length - shared))
         window = [*window[len(window) - shared :], *new]
-        yield np.stack(window), shared
+        yield window, shared
         done += len(window) - shared
 
 
-def one_edit(args, source, references=(), output=None, seed=None):
-    """The arguments of one of several edits."""
-    row = {"input": source, "ref": references or args.ref, "output": output, "folder": args.output}
-    return argparse.Namespace(**vars(args) | row | {"seed": args.seed if seed is None else seed})
+def edit(args, job, outputs, loaded):
+    """Makes one edit -> its times and memory in lines of text.
+
+    loaded() -> (model, device) is called once all else is fine.
+    """
+    source, references = read_inputs(args, job)
+    height, width = source.frames.shape[1:3]
+    size = working_size(width, height, args.area)
+    if size != (width, height):
+        sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
+        note(f"{job.source} is edited at {sizes} (see --area)")
+        if args.weights == DEFAULT_WEIGHTS:
+            note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
+    frames = source.frames
+    if args.overlap and source.is_video:  # of which the first frame was kept
+        frames = each_frame(job.source, args.size)
+    phases, done, results, expected = Phases(), 0, [], []
+    with contextlib.ExitStack() as stack:
+        write = stack.enter_context(media_writer(outputs[0], source, width, note))
+        if args.compare:
+            both = media_writer(outputs[1], replace(source, alpha=None, profile={}), 2 * width)
+            write_both = stack.enter_context(both)
+        draw = args.progress and stack.enter_context(image_writer(args.progress))
+        phases("load", 0, 1)
+        model, phases.device = loaded()
+        settings = args.steps, args.guidance, job.seed, float(source.fps or 16), phases
+        for window, shared in windows(frames, source.length, args.frames, args.overlap):
+            known = {"start": np.stack(results[-shared:])} if shared else {}
+            if draw and not done:  # the first window
+                known["watch"] = expected.append
+            results, shown = [], np.stack([scaled(frame, size) for frame in window])
+            model.edit(shown, job.instruction, references, *settings, results.extend, **known)
+            for frame, result in zip(window[shared:], results[shared:]):
+                result = scaled(result, (width, height))
+                write(result)
+                if args.compare:
+                    write_both(np.concatenate([frame, result], axis=1))
+            done += len(window) - shared
+            if done < source.length:
+                note(f"{job.source}: {done} of {source.length} frames are done")
+        if draw:
+            chosen = np.linspace(0, len(expected) - 1, 6).round().astype(int)
+            draw(np.concatenate([expected[i] for i in chosen], axis=1))
+    phases.end()
+    return phases.table()
 
 
-def read_edits(args):
-    """Yields (name, arguments of one edit, or a ValueError that says why there are none)."""
+# Many edits
+
+
+def read_job(args, line):
+    """A row of --batch -> Job. Raises ValueError."""
+    row = read_row(line, args.batch.parent)
+    if not row["instruction"].strip():
+        raise ValueError("the instruction is empty; say what to do")
+    seed = args.seed if row.get("seed") is None else row["seed"]
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"the seed {seed!r} is not a whole number from 0 to {2**63 - 1}")
+    output = row.get("output")
+    if output is not None:
+        # Rows come from anywhere, and must not reach files outside.
+        path = Path(output if isinstance(output, str) else "")
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            problem = f"is not a file inside of {args.output}, named relative to it"
+            raise ValueError(f"the output {output!r} {problem}")
+        output = args.output / path
+    return Job(row["source"], row["instruction"], row["references"] or args.ref, seed, output)
+
+
+def read_jobs(args):
+    """Yields (name, Job, or a ValueError that says why there is none) of several edits."""
     for path in args.inputs:
-        yield str(path), one_edit(args, path)
-    lines = ()
-    if args.batch:
-        spoken = ((i, line) for i, line in enumerate(sys.stdin or (), 1) if line.strip())
-        lines = spoken if args.batch == STDIN else read_lines(args.batch)
+        yield str(path), Job(path, args.instruction, args.ref, args.seed)
+    lines, name = (), args.batch
+    if args.batch == STDIN:
+        lines, name = read_json_lines(sys.stdin), "stdin"
+    elif args.batch:
+        lines = read_lines(args.batch)
     for i, line in lines:
         try:
-            row = read_row(line, args.batch.parent)
-            output, seed = row.get("output"), row.get("seed")
-            if not row["instruction"].strip():
-                raise ValueError("the instruction is empty; say what to do")
-            if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
-                raise ValueError(f"the seed {seed!r} is not a whole number from 0 to {2**63 - 1}")
-            if output is not None:
-                # Rows come from anywhere, and must not reach files outside.
-                if not isinstance(output, str) or not output or ".." in Path(output).parts:
-                    raise ValueError(f"the output {output!r} is not a file inside of {args.output}")
-                if Path(output).is_absolute():
-                    raise ValueError(f"the output {output} should be relative to {args.output}")
-                output = args.output / output
-            edit = one_edit(args, row["source"], row["references"], output, seed)
-            edit.instruction = row["instruction"]
+            job = read_job(args, line)
         except ValueError as error:
-            edit = error
-        yield f"{'stdin' if args.batch == STDIN else args.batch}:{i}", edit
+            job = error
+        yield f"{name}:{i}", job
 
 
 class Tally:
@@ -1502,8 +1505,7 @@ class Tally:
         for path in paths:
             owner = self.owners.setdefault(os.path.realpath(path), name)
             if owner != name:
-                text = f'{path} is the result of {owner} already; a row\'s "output" names another'
-                raise ValueError(text)
+                raise ValueError(f'{path} is the result of {owner} already; "output" names another')
 
     def make(self, outputs, seconds):
         self.seconds.append(seconds)
@@ -1512,8 +1514,12 @@ class Tally:
             say(path, sys.stdout)
 
     def keep(self, outputs):
-        self.kept += 1
-        self.answer(output=str(outputs[0]))
+        """Whether the results are there; the first of them gets its name last."""
+        is_there = outputs[0].exists()
+        if is_there:
+            self.kept += 1
+            self.answer(output=str(outputs[0]))
+        return is_there
 
     def fail(self, name, error):
         self.failed += 1
@@ -1533,29 +1539,55 @@ class Tally:
 
 
 def to_do(args, tally):
-    """Yields (name, arguments, outputs) of the edits to make. Tallies the others."""
-    edits = read_edits(args)
+    """Yields (name, Job, outputs) of the edits to make. Tallies the others of this share."""
+    jobs = read_jobs(args)
     if args.batch != STDIN:
-        edits = list(edits)
-        inputs = input_ids(edit for _, edit in edits if not isinstance(edit, ValueError))
-    part, parts = args.shard or (0, 1)
-    for number, (name, edit) in enumerate(edits):
+        jobs = list(jobs)
+        inputs = input_ids(job for _, job in jobs if isinstance(job, Job))
+    part, parts = args.shard
+    for number, (name, job) in enumerate(jobs):
+        is_ours = number % parts == part
         try:
-            if isinstance(edit, ValueError):
-                raise edit
-            if edit.output:
-                tally.claim(name, [edit.output])  # whatever else is wrong
-            outputs = name_outputs(edit, input_ids([edit]) if args.batch == STDIN else inputs)
+            if isinstance(job, ValueError):
+                raise job
+            if job.output:
+                tally.claim(name, [job.output])  # whatever else is wrong
+            outputs = name_outputs(args, job, input_ids([job]) if args.batch == STDIN else inputs)
             tally.claim(name, outputs)
         except Exception as error:
-            if number % parts == part:
+            if is_ours:
                 tally.fail(name, error)
             continue
-        if number % parts == part:
-            if outputs[0].exists():  # it is renamed last
-                tally.keep(outputs)
-            else:
-                yield name, edit, outputs
+        if is_ours and not tally.keep(outputs):
+            yield name, job, outputs
+
+
+# What decides a result, beside its own row. The device is not among them: shards may differ in it.
+SETTINGS = ("weights", "instructx", "instruction", "ref", "steps", "guidance", "seed", "size")
+SETTINGS += ("area", "frames", "overlap", "compare", "dtype", "compile", "quantize", "tile")
+
+
+def check_settings(args, write=False):
+    """Raises ValueError if FOLDER/settings.json has other settings. `write` makes a missing one.
+
+    dtype counts once the model is loaded, as its default depends on the device.
+    """
+    file = args.output / "settings.json"
+    values = {name: getattr(args, name) for name in SETTINGS if name != "dtype" or args.dtype}
+    values = json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
+    if file.exists():
+        earlier = read_config(args.output, file.name)
+        if not earlier:
+            raise ValueError(f"{file} cannot be read; name another folder")
+        for name, value in values.items():
+            if earlier.get(name) != value:
+                change = f"{name} was {earlier.get(name)!r} and is {value!r}"
+                problem = f"{args.output} holds results of other settings ({change})"
+                raise ValueError(f"{problem}; name another folder")
+    elif write:
+        args.output.mkdir(parents=True, exist_ok=True)
+        with whole(file) as unfinished:
+            unfinished.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def edit_many(args):
@@ -1566,20 +1598,19 @@ def edit_many(args):
     check_settings(args)
     tally, loaded = Tally(args), functools.cache(functools.partial(load, args))
     try:
-        edits = to_do(args, tally)
+        jobs = to_do(args, tally)
         if args.batch != STDIN:
-            edits = tqdm(list(edits), "edits", leave=False, disable=None)
-        for name, edit_args, outputs in edits:
+            jobs = tqdm(list(jobs), "edits", leave=False, disable=None)
+        for name, job, outputs in jobs:
             if not tally.seconds:
                 loaded()
-                keep_settings(args)
-            if outputs[0].exists():  # another process was faster
-                tally.keep(outputs)
+                check_settings(args, write=True)
+            if tally.keep(outputs):  # another process was faster
                 continue
             began = time.perf_counter()
             try:
-                make_folder(outputs[0].parent)
-                edit(edit_args, outputs, loaded)
+                outputs[0].parent.mkdir(parents=True, exist_ok=True)
+                edit(args, job, outputs, loaded)
             except Exception as error:
                 tally.fail(name, error)
             else:
@@ -1590,62 +1621,27 @@ def edit_many(args):
     return 1 if tally.failed else 0
 
 
-def make_folder(path):
-    """Makes a folder unless it is there. Raises OSError in words."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{path} cannot be made a folder ({error.strerror})") from None
+# The program
 
 
-# What decides a result, beside its own row. The device is not among them: shards may differ in it.
-SETTINGS = ("weights", "instructx", "instruction", "ref", "steps", "guidance", "seed", "size")
-SETTINGS += ("area", "frames", "overlap", "compare", "dtype", "compile", "quantize", "tile")
+def prepare_process():
+    """Lets names be read and printed in any locale, and signals be exceptions that clean up."""
 
+    def stop(number, _):
+        note("terminated")
+        sys.exit(128 + number)
 
-def check_settings(args):
-    """What all results of a folder have in common, {name: value} as JSON gives it back.
-
-    Raises ValueError if it holds results of other settings.
-    """
-    values = {name: getattr(args, name) for name in SETTINGS}
-    values = json.loads(json.dumps(values, default=lambda path: str(path.resolve())))
-    if args.dtype is None:
-        del values["dtype"]  # depends on the device, as `load` will tell
-    file = args.output / "settings.json"
-    if file.exists():
-        earlier = read_config(args.output, file.name)
-        if not earlier:
-            raise ValueError(f"{file} cannot be read; name another folder")
-        for name, value in values.items():
-            if earlier.get(name) != value:
-                change = f"{name} was {earlier.get(name)!r} and is {value!r}"
-                problem = f"{args.output} holds results of other settings ({change})"
-                raise ValueError(f"{problem}; name another folder")
-    return values
-
-
-def keep_settings(args):
-    """Writes FOLDER/settings.json, or raises ValueError if it has become another by now."""
-    settings, file = check_settings(args), args.output / "settings.json"
-    if not file.exists():
-        make_folder(args.output)
-        with whole(file) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def explain(error):
-    """What is wrong, and what would be right, in words; None for a fault of the program."""
-    no_memory = isinstance(error, RuntimeError) and "memory" in str(error)  # torch's on a CPU
-    if no_memory or isinstance(error, MemoryError):
-        return "out of memory; a smaller --area or fewer --frames need less"
-    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
-
-
-def stop(number, _):
-    """Ends the program on a signal; what is unfinished is removed on the way out."""
-    note("terminated")
-    sys.exit(128 + number)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, "r+"))
+    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
+        if hasattr(stream, "reconfigure"):  # not where a test has replaced it
+            stream.reconfigure(encoding=encoding, errors="surrogateescape")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
+            signal.signal(getattr(signal, name), stop)
 
 
 def main(argv=None):
@@ -1654,31 +1650,18 @@ def main(argv=None):
     Exit code 1 if some of several edits failed, 2 after one line on what is wrong, 130 after
     Ctrl-C, 143 after SIGTERM, and 129 when the terminal closes.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller closed it
-            setattr(sys, name, open(os.devnull, "w"))
-    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
-        if hasattr(stream, "reconfigure"):  # names come and go as they are, in any locale
-            stream.reconfigure(encoding=encoding, errors="surrogateescape")
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
-            signal.signal(getattr(signal, name), stop)
-    args = parse(argv)
+    prepare_process()
     try:
+        args = parse(argv)
         check_arguments(args)
         if args.area is None:
             args.area = trained_area(args)
         if args.many:
             sys.exit(edit_many(args))
-        args.input, args.folder = args.inputs[0], None
-        inputs = input_ids([args])
-        outputs = name_outputs(args, inputs)
-        if args.progress and file_id(args.progress) in inputs:
-            raise ValueError(f"{args.progress} is an input, which would be lost; name another file")
-        edit(args, outputs, functools.partial(load, args))
-        for path in (*outputs, *filter(None, [args.progress])):
+        job = Job(args.inputs[0], args.instruction, args.ref, args.seed, args.output)
+        outputs = name_outputs(args, job, input_ids([job]))
+        say(edit(args, job, outputs, functools.partial(load, args)), sys.stderr)
+        for path in filter(None, (*outputs, args.progress)):
             say(path, sys.stdout)
     except Exception as error:
         problem = explain(error)

@@ -57,7 +57,7 @@ def held(model, case, overlap):
         if not overlap:
             frames, shared = frames[shared:], 0
         start = result[-shared:] if shared else None
-        result = model.edit(frames, case.instruction, case.references, start=start)
+        result = model.edit(np.stack(frames), case.instruction, case.references, start=start)
         pieces.append(result[shared:])
         joins.append(done)
         done += len(result) - shared
