@@ -1096,10 +1096,11 @@ USAGE = 'INPUT [INPUT ...] "INSTRUCTION IN QUOTES"'
 EPILOG = f"""\
 Several edits need -o FOLDER. The model is loaded once. A result that is there is left alone, so
 that the same command goes on where it was stopped; delete a result to have it made again. What
-fails is named and costs no other edit. FOLDER/settings.json holds the settings; a run with others
-is refused. Exit code 0: all are there; 1: some failed. Rows: paths are relative to their file;
-output is the source's name by default, references are those of --ref. With - each row is answered
-by a line of JSON: output and seconds, or error.
+fails is named and costs no other edit. FOLDER/settings.json and .made.jsonl hold what the results
+were made of; other settings, or another row for a result, are refused. Exit code 0: all are there;
+1: some failed. Rows: paths are relative to their file; output is the source's name by default,
+references are those of --ref. With - each row is answered by a line of JSON: output and seconds,
+or error.
 
 Formats: {" ".join(IMAGE_OPTIONS)} for an image; {" ".join(CLIP_OPTIONS)}
 for a clip (.png is APNG, lossless). Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all.
@@ -1250,6 +1251,12 @@ class Job:
     references: list  # of paths
     seed: int
     output: Path | None = None  # None: the source tells the name
+
+    def row(self):
+        """What decides the result, as JSON gives it back."""
+        paths = [str(path.resolve()) for path in (self.source, *self.references)]
+        words = {"source": paths[0], "instruction": self.instruction, "references": paths[1:]}
+        return words | {"seed": self.seed}
 
 
 def working_size(width, height, area):
@@ -1417,7 +1424,7 @@ def edit(args, job, outputs, loaded):
     if size != (width, height):
         sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
         note(f"{job.source} is edited at {sizes} (see --area)")
-        if args.weights == DEFAULT_WEIGHTS:
+        if args.weights == DEFAULT_WEIGHTS and not args.instructx:
             note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
     frames = source.frames
     if args.overlap and source.is_video:  # of which the first frame was kept
@@ -1499,6 +1506,12 @@ class Tally:
         self.is_dialogue = args.batch == STDIN  # one line of JSON for each line that was read
         self.seconds, self.kept, self.failed = [], 0, 0
         self.owners = {}  # of results: {real path: name of the edit}
+        self.file, self.rows = args.output / ".made.jsonl", {}  # {result: the row it was made of}
+        with contextlib.suppress(OSError):
+            for line in self.file.read_text(errors="replace").splitlines():
+                with contextlib.suppress(Exception):  # the last may be half written
+                    row = json.loads(line)
+                    self.rows[row.pop("output")] = row
 
     def claim(self, name, paths):
         """Raises ValueError if another edit has one of these results."""
@@ -1507,19 +1520,33 @@ class Tally:
             if owner != name:
                 raise ValueError(f'{path} is the result of {owner} already; "output" names another')
 
-    def make(self, outputs, seconds):
+    def make(self, job, outputs, seconds):
         self.seconds.append(seconds)
+        name = os.path.relpath(outputs[0], self.file.parent)
+        self.rows[name] = job.row()
+        with self.file.open("a") as stream:
+            stream.write("\n" + json.dumps({"output": name} | job.row()))  # after a line cut off
         self.answer(output=str(outputs[0]), seconds=round(seconds, 2))
         for path in () if self.is_dialogue else outputs:
             say(path, sys.stdout)
 
-    def keep(self, outputs):
-        """Whether the results are there; the first of them gets its name last."""
-        is_there = outputs[0].exists()
-        if is_there:
-            self.kept += 1
-            self.answer(output=str(outputs[0]))
-        return is_there
+    def keep(self, job, outputs):
+        """Whether the results are there; the first of them gets its name last.
+
+        Raises ValueError if they were made of another row.
+        """
+        if not outputs[0].exists():
+            return False
+        earlier = self.rows.get(os.path.relpath(outputs[0], self.file.parent), {})
+        for name, value in job.row().items():
+            if earlier.get(name, value) != value:
+                change = f"{name} was {earlier[name]!r} and is {value!r}"
+                raise ValueError(
+                    f"{outputs[0]} was made of another row ({change}); delete it first"
+                )
+        self.kept += 1
+        self.answer(output=str(outputs[0]))
+        return True
 
     def fail(self, name, error):
         self.failed += 1
@@ -1554,12 +1581,13 @@ def to_do(args, tally):
                 tally.claim(name, [job.output])  # whatever else is wrong
             outputs = name_outputs(args, job, input_ids([job]) if args.batch == STDIN else inputs)
             tally.claim(name, outputs)
+            if not is_ours or tally.keep(job, outputs):
+                continue
         except Exception as error:
             if is_ours:
                 tally.fail(name, error)
             continue
-        if is_ours and not tally.keep(outputs):
-            yield name, job, outputs
+        yield name, job, outputs
 
 
 # What decides a result, beside its own row. The device is not among them: shards may differ in it.
@@ -1605,7 +1633,7 @@ def edit_many(args):
             if not tally.seconds:
                 loaded()
                 check_settings(args, write=True)
-            if tally.keep(outputs):  # another process was faster
+            if tally.keep(job, outputs):  # another process was faster
                 continue
             began = time.perf_counter()
             try:
@@ -1614,7 +1642,7 @@ def edit_many(args):
             except Exception as error:
                 tally.fail(name, error)
             else:
-                tally.make(outputs, time.perf_counter() - began)
+                tally.make(job, outputs, time.perf_counter() - began)
     finally:
         if tally.seconds or tally.kept or tally.failed:
             note(tally.summary())

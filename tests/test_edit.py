@@ -623,8 +623,9 @@ def write_rows(path, *rows):
 
 
 def contents(folder):
-    """{name: bytes} of all files."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.*")}
+    """{name: bytes} of all files but .made.jsonl, whose order is that of the work."""
+    files = [file for file in folder.rglob("*.*") if file.name != ".made.jsonl"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture
@@ -736,6 +737,26 @@ def test_a_result_that_is_there_is_left_alone(negative, rows, tmp_path, capsys):
     write_rows(rows, {"source": "frames", "instruction": "x", "output": "frames/a.mp4"})
     code, _, err = run(capsys, "--batch", rows, "-o", tmp_path, "--weights", tmp_path)
     assert code == 1 and "would become a frame of an input" in err
+
+
+def test_a_row_that_was_changed(negative, rows, tmp_path, capsys):
+    """The result of the old words must not pass for that of the new ones."""
+    row, command = {"source": "0.png", "instruction": "make it night"}, ("--weights", tmp_path)
+    command = ("--batch", rows, "-o", tmp_path / "out", *command)
+    write_rows(rows, row)
+    assert run(capsys, *command)[0] == 0 == run(capsys, *command)[0]
+    before = contents(tmp_path / "out")
+    for change in ({"instruction": "y"}, {"seed": 3}, {"references": ["1.png"]}):
+        write_rows(rows, row | change)
+        code, out, err = run(capsys, *command)
+        assert code == 1 and not out and f"another row ({[*change][0]} was" in err
+    write_rows(rows, {"source": "1.png", "instruction": "make it night", "output": "0.png"})
+    code, _, err = run(capsys, *command)
+    assert code == 1 and "(source was" in err and contents(tmp_path / "out") == before
+    (tmp_path / "out" / "0.png").unlink()
+    with (tmp_path / "out" / ".made.jsonl").open("a") as file:
+        file.write("[]\n{half")
+    assert run(capsys, *command)[0] == 0 == run(capsys, *command)[0]
 
 
 def test_h264_is_the_same_whatever_was_written_before(tmp_path):
