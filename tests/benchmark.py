@@ -15,6 +15,7 @@ but exit code 2.
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -43,6 +44,7 @@ from dit import PRESETS as DITS
 from dit import WanDiT, step_flops
 from mllm import PRESETS as MLLMS
 from mllm import Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
+from sampler import FlowSampler
 from vae import PRESETS as VAES
 from vae import VAEConfig, WanVAE
 
@@ -68,6 +70,9 @@ MID = {
     "edit": {
         "dit": DIT, "mllm": MLLM, "vae": VAE, "side": 256, "queries": 256, "steps": 4,
         "guidance": 3.0},
+    "train": {
+        "dit": DIT, "mllm": MLLM, "side": 256, "latent": (1, 32, 32), "queries": 256, "rank": 64,
+        "batch": 2},
     "blocks": {  # 81 frames of 832x480: 32,760 tokens
         "dit": replace(DITS["14B"], num_layers=2), "latent": (21, 60, 104), "queries": 512},
 }
@@ -82,10 +87,14 @@ TINY = {
     "edit": {
         "dit": TINY_DIT, "mllm": TINY_MLLM, "vae": TINY_VAE, "side": 32, "queries": 4, "steps": 2,
         "guidance": 2.0},
+    "train": {
+        "dit": TINY_DIT, "mllm": TINY_MLLM, "side": 32, "latent": (1, 4, 4), "queries": 4,
+        "rank": 2, "batch": 2},
     "blocks": {"dit": TINY_DIT, "latent": (2, 4, 6), "queries": 5},
 }
 TARGETS = {
-    "dit": 0.95, "vae-image": 0.45, "vae-clip": 0.9, "mllm": 0.9, "load": 0.5, "load memory": 1.05}
+    "dit": 0.95, "vae-image": 0.45, "vae-clip": 0.9, "mllm": 0.9, "load": 0.5, "load memory": 1.05,
+    "train": 0.9}
 
 # Largest relative difference of the outputs. In bfloat16 the two round at different places.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -498,6 +507,72 @@ def edit(row, s):
     return [side_by_side(row, s, our_edit, their_edit, note, 10 * TOLERANCE[s.dtype])]
 
 
+def train(row, s):
+    """A step of stage 2 on images: forward, backward, AdamW. LoRA in the MLLM, all of the DiT.
+
+    Theirs are transformers with PEFT's LoRA, and diffusers, which gets the source as the paper
+    says, added to the noisy latents. Latents are given, as train.py keeps them.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from train import flow_loss
+
+    size, rank, batch = s.sizes[row], s.sizes[row]["rank"], s.sizes[row]["batch"]
+    our_mllm, their_mllm = mllms(write_mllm(size["mllm"], s.folder / "mllm"), s)
+    our_dit, their_dit = dits(write_dit(size["dit"], s.folder / "dit"), s)
+    model = InstructX.untrained(
+        our_mllm, processor(size["mllm"]), our_dit, None, lora_rank=rank, lora_alpha=rank,
+        image_queries=size["queries"])
+    model.dit.add_source_embedding()
+    matrices = r"model\.layers\..*_proj"
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=matrices)
+    inject_adapter_in_model(lora, their_mllm)
+    connector = copy.deepcopy(model.connector)
+    prompt = model.prompt(picture(size["side"])[None], "turn the scene into night")
+    inputs = {name: x.to(s.device) for name, x in model.processor.collate([prompt] * batch).items()}
+    shape = batch, size["dit"].in_dim, *size["latent"]
+    z, source, noise = (s.tensor(*shape, seed=seed) for seed in range(3))
+    sigma = torch.linspace(0.3, 0.8, batch, device=s.device)
+
+    def our_loss():
+        context = model.context(inputs, is_video=False)
+        return flow_loss(our_dit, context, z, source, [], sigma, noise, FlowSampler()).mean()
+
+    def their_loss():
+        queries = connector.queries(False)
+        hidden = their_hidden(their_mllm, inputs, queries)[:, -len(queries) :]
+        noisy = FlowSampler().add_noise(z, noise, sigma)
+        v = their_dit(noisy + source, 1000 * sigma, connector(hidden), return_dict=False)[0]
+        return F.mse_loss(v, noise - z)
+
+    ours = training_step(our_loss, our_mllm, model.connector, our_dit)
+    theirs = training_step(their_loss, their_mllm, connector, their_dit)
+    tokens = math.prod(size["latent"]) // math.prod(size["dit"].patch_size)
+    prompt = f"{inputs['input_ids'].shape[1]} + {size['queries']} tokens of the MLLM"
+    note = f"{batch} images, {tokens} tokens of the DiT, {prompt}, LoRA of rank {rank}"
+    return [side_by_side(row, s, ours, theirs, note)]
+
+
+def training_step(loss_of, mllm, connector, dit):
+    """A function that takes one step and returns the loss and the gradient of the queries."""
+    for name, parameter in mllm.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    trained = [p for m in (mllm, connector, dit) for p in m.parameters() if p.requires_grad]
+    # A step so small that ours and theirs stay the same model.
+    optimizer = torch.optim.AdamW(trained, lr=1e-9, fused=True)
+
+    def step():
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = loss_of()
+            loss.backward()
+            gradient = connector.image_queries.grad.flatten().clone()
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat([loss.detach()[None], gradient / gradient.norm()])
+
+    return step
+
+
 def blocks(row, s):
     """A step of two layers as wide as the 14B on a long clip: how well the device is used."""
     s = replace(s, dtype="bfloat16", compile=s.device != "cpu")
@@ -522,7 +597,7 @@ def blocks(row, s):
 
 ROWS = {
     "dit": dit, "dit-256": dit, "vae-image": vae, "vae-clip": vae, "mllm": mllm, "load": load,
-    "edit": edit, "blocks": blocks}
+    "edit": edit, "train": train, "blocks": blocks}
 
 
 def measure(rows, s, show=print):

@@ -44,7 +44,7 @@ def test_every_row_at_tiny_size(tmp_path, capsys):
     written = json.loads((tmp_path / "result.json").read_text())
     names = [row["row"] for row in written["rows"]]
     models = ["dit", "dit-256", "vae-image", "vae-clip", "mllm"]
-    assert names == [*models, "load", "load memory", "edit"]
+    assert names == [*models, "load", "load memory", "edit", "train"]
     for row, line in zip(written["rows"], lines[1:]):
         assert line.startswith(row["row"]) and f"{row['ratio']:.3f}" in line
         assert f"{row['ours']:.3f}" in line
