@@ -541,8 +541,8 @@ def train(row, s):
     def their_loss():
         queries = connector.queries(False)
         hidden = their_hidden(their_mllm, inputs, queries)[:, -len(queries) :]
-        noisy = FlowSampler().add_noise(z, noise, sigma)
-        v = their_dit(noisy + source, 1000 * sigma, connector(hidden), return_dict=False)[0]
+        noisy = (FlowSampler().add_noise(z, noise, sigma) + source).to(s.torch_dtype)
+        v = their_dit(noisy, 1000 * sigma, connector(hidden), return_dict=False)[0]
         return F.mse_loss(v, noise - z)
 
     ours = training_step(our_loss, our_mllm, model.connector, our_dit)

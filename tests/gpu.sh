@@ -48,7 +48,7 @@ keep packages python -m pip list
 keep tests python -m pytest tests/test_device.py -m slow -v
 
 # In float32 the two sides must agree closely; bfloat16 is what people run.
-benchmark float32 dit dit-256 vae-image vae-clip mllm edit --rounds 5
+benchmark float32 dit dit-256 vae-image vae-clip mllm edit train --rounds 5
 benchmark bfloat16 --dtype bfloat16 --rounds 5
 benchmark compiled dit dit-256 edit --dtype bfloat16 --compile --rounds 5
 
