@@ -1047,6 +1047,7 @@ class Phases:
         self.phase = None
 
     def table(self):
+        """A line of text for each phase: seconds, and the peak of memory."""
         seconds, peaks, _ = zip(*self.rows.values())
         rows = self.rows | {"total": (sum(seconds), max(peaks), "")}
         lines = [f"{'phase':10} {'seconds':>9} {'peak GB':>9}"]
@@ -1521,6 +1522,7 @@ class Tally:
                 raise ValueError(f'{path} is the result of {owner} already; "output" names another')
 
     def make(self, job, outputs, seconds):
+        """Counts an edit that was made, and writes down its row."""
         self.seconds.append(seconds)
         name = os.path.relpath(outputs[0], self.file.parent)
         self.rows[name] = job.row()
@@ -1549,6 +1551,7 @@ class Tally:
         return True
 
     def fail(self, name, error):
+        """Counts an edit that failed, and says why in a line."""
         self.failed += 1
         problem = " ".join((explain(error) or repr(error)).split())[:600]
         note(f"error: {problem}" if name in problem else f"error: {name}: {problem}")
@@ -1557,10 +1560,12 @@ class Tally:
             self.owners = {path: owner for path, owner in self.owners.items() if owner != name}
 
     def answer(self, **values):
+        """The line of a dialogue."""
         if self.is_dialogue:
             say(json.dumps(values), sys.stdout)
 
     def summary(self):
+        """How many were made, kept and failed, in a line."""
         each = f" ({sum(self.seconds) / len(self.seconds):.1f} s each)" if self.seconds else ""
         return f"{len(self.seconds)} made{each}, {self.kept} kept, {self.failed} failed"
 
