@@ -1537,12 +1537,14 @@ class Tally:
 
         Raises ValueError if they were made of another row.
         """
+        name = os.path.relpath(outputs[0], self.file.parent)
         if not outputs[0].exists():
+            self.rows.pop(name, None)  # of a result that was deleted
             return False
-        earlier = self.rows.get(os.path.relpath(outputs[0], self.file.parent), {})
-        for name, value in job.row().items():
-            if earlier.get(name, value) != value:
-                change = f"{name} was {earlier[name]!r} and is {value!r}"
+        earlier = self.rows.get(name, {})
+        for key, value in job.row().items():
+            if earlier.get(key, value) != value:
+                change = f"{key} was {earlier[key]!r} and is {value!r}"
                 raise ValueError(
                     f"{outputs[0]} was made of another row ({change}); delete it first"
                 )

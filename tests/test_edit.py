@@ -739,7 +739,7 @@ def test_a_result_that_is_there_is_left_alone(negative, rows, tmp_path, capsys):
     assert code == 1 and "would become a frame of an input" in err
 
 
-def test_a_row_that_was_changed(negative, rows, tmp_path, capsys):
+def test_a_row_that_was_changed(negative, rows, tmp_path, monkeypatch, capsys):
     """The result of the old words must not pass for that of the new ones."""
     row, command = {"source": "0.png", "instruction": "make it night"}, ("--weights", tmp_path)
     command = ("--batch", rows, "-o", tmp_path / "out", *command)
@@ -753,6 +753,16 @@ def test_a_row_that_was_changed(negative, rows, tmp_path, capsys):
     write_rows(rows, {"source": "1.png", "instruction": "make it night", "output": "0.png"})
     code, _, err = run(capsys, *command)
     assert code == 1 and "(source was" in err and contents(tmp_path / "out") == before
+    (tmp_path / "out" / "0.png").unlink()
+
+    def load(args):  # another process makes it in the meantime
+        (tmp_path / "out" / "0.png").write_bytes(before["0.png"])
+        return negative, "cpu"
+
+    monkeypatch.setattr(edit, "load", load)
+    code, out, err = run(capsys, *command)
+    assert code == 0 and not out and "0 made, 1 kept, 0 failed" in err
+    monkeypatch.setattr(edit, "load", lambda args: (negative, "cpu"))
     (tmp_path / "out" / "0.png").unlink()
     with (tmp_path / "out" / ".made.jsonl").open("a") as file:
         file.write("[]\n{half")
