@@ -836,13 +836,13 @@ def read_json(file):
 # Machines. These functions change loaded models from outside; no forward mentions them.
 
 
-def compile_blocks(dit):
-    """Compiles the forward of each DiT block, where an edit spends nearly all its time.
+def compile_blocks(blocks):
+    """Compiles the forward of blocks; an edit spends nearly all its time in those of the DiT.
 
-    Names in state_dict() stay the same. All blocks are alike, so they share one compilation, which
-    takes seconds. The hooks of `offload_blocks` run before and after the compiled forward.
+    Names in state_dict() stay the same. Blocks of a kind share one compilation, which takes
+    seconds. The hooks of `offload_blocks` run before and after the compiled forward.
     """
-    for block in dit.blocks:
+    for block in blocks:
         block.forward = torch.compile(block.forward)
 
 

@@ -1377,7 +1377,7 @@ def load(args):
     if args.tile:
         tile(model.vae, args.tile)
     if args.compile:
-        compile_blocks(model.dit)
+        compile_blocks(model.dit.blocks)
     if (args.guidance or 1) > 1 == model.config.guidance:
         note(f"{args.weights} never saw an empty instruction, so guidance makes results worse")
     if not model.trained:

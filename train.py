@@ -493,12 +493,16 @@ class Latents:
 
     def encode(self, picture):
         z = self.vae.encode(to_video(picture.frames, like=self.vae.conv1.weight))
+        self.store(picture, z)
+        return z  # (1, 16, F, h, w)
+
+    def store(self, picture, z):
+        """Writes latents (1, 16, F, h, w) to the cache, if there is one."""
         if picture.file and self.folder:
             stored = z.cpu().contiguous()
             content = to_bytes({"z": stored, "sha256": self.checksum(stored)})
             if not write_cache(picture.file, content):
                 self.folder = None
-        return z  # (1, 16, F, h, w)
 
 
 @dataclass
@@ -571,8 +575,12 @@ def hash_of(*values):
 
 
 def read_ahead(load, first, last):
-    """Yields (step, load(step)) for range(first, last). Threads read a few steps ahead."""
-    pool, ahead = ThreadPoolExecutor(READERS), deque()
+    """Yields (step, load(step)) for range(first, last). Threads read a few steps ahead.
+
+    Each computes on one core: a team of threads for each reader would keep the models waiting.
+    """
+    single = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    pool, ahead = ThreadPoolExecutor(READERS, **single), deque()
     try:
         for step in range(first, last):
             while len(ahead) <= READERS and step + len(ahead) < last:

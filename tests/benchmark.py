@@ -295,7 +295,7 @@ def dits(folder, s):
     ours = WanDiT.from_pretrained(folder, s.device, s.torch_dtype)
     theirs = WanTransformer3DModel.from_pretrained(folder, torch_dtype=s.torch_dtype).to(s.device)
     if s.compile:
-        compile_blocks(ours)
+        compile_blocks(ours.blocks)
         theirs.compile_repeated_blocks(fullgraph=True)
     return ours.eval(), theirs.eval()
 

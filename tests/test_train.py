@@ -464,6 +464,14 @@ def test_references_are_those_that_an_edit_sees(loader, tmp_path, size):
     assert torch.equal(sample.inputs["pixel_values"], seen["pixel_values"])
 
 
+def test_readers_compute_on_one_core_each():
+    """A team of threads for each reader made every step on two cores half as long again."""
+    threads = torch.get_num_threads()
+    seen = [count for _, count in train.read_ahead(lambda step: torch.get_num_threads(), 0, 4)]
+    assert seen == [1] * 4
+    assert torch.get_num_threads() == threads
+
+
 def test_instructions_are_dropped(loader):
     """Guidance needs the empty instruction: words are dropped, never pictures, by the seed."""
     made = loader(1, "--drop", 0.3)

@@ -4,14 +4,14 @@
     python weights/shapes/make.py ship           # puts the result in the place of what ships
     python weights/shapes/make.py PART           # one part alone, such as stage2, to its end
 
-Parts run on two cores, two beside each other where neither needs the other; the stages of train.py
-run in two processes. A part that was killed goes on where it was. OUT/logs has what they print, and
-OUT/done the minutes that each took.
+Parts run on two cores, two beside each other where neither needs the other. A part that was killed
+goes on where it was. OUT/logs has what they print, and OUT/minutes.json the minutes of each.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +20,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(TOP)]
+
+from edit import whole
+
 HARD = ("hybrid", "swap", "style", "ref_swap")  # kinds of edits that take longest to learn
 
 # name: (images or clips, cases, seed, kinds; () for all)
@@ -68,7 +72,8 @@ PARTS = {
     "decoder": Part(26, ("refine",), 1900),
     "dit": Part(28, ("decoder", "tokenizer"), 2600),
     "data": Part(7, ("tokenizer",)),
-    "stage1": Part(6, ("instruct", "dit", "data"), 800, 2),
+    "latents": Part(14, ("mllm", "dit", "data")),
+    "stage1": Part(6, ("instruct", "latents"), 800, 2),
     "stage2": Part(25, ("stage1",), 1600, 2),
     "stage3": Part(170, ("stage2",), 11500, 2),
     "scores": Part(10, ("stage3",), 0, 2),
@@ -84,8 +89,7 @@ def base(out, name):
         sys.argv += ["--trained", str(out / "stage3" / "instructx")]
     elif PARTS[name].steps:
         sys.argv += [f"--{name}-steps", str(PARTS[name].steps)]
-    if name in ("refine", "decoder", "instruct"):
-        sys.argv += ["--precision", "bfloat16"]
+    sys.argv += ["--precision", "bfloat16"]
     pretrain.main()
 
 
@@ -108,12 +112,8 @@ def data(out):
             world.make(out / "data" / name, count, 0.34, seed, split="heldout")
 
 
-def stage(out, number):
-    """A stage of train.py, in one of two processes."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    import train
-
+def settings(out, number):
+    """The command line of a stage of train.py."""
     names = ("images", "hard-images") if number == 1 else DATA
     values = {
         "stage": number,
@@ -132,7 +132,7 @@ def stage(out, number):
     }
     if number > 1:
         values["start"] = out / f"stage{number - 1}" / "instructx"
-        values |= {"muon-lr": 0.02, "change-weight": 3, "video-share": 0.35}
+        values |= {"muon-lr": 0.02, "change-weight": 8, "video-share": 0.4}
     if number == 3:
         values["schedule"] = "linear"
     line = ["--data", *(out / "data" / name / "data.jsonl" for name in names)]
@@ -140,8 +140,46 @@ def stage(out, number):
         line += [f"--{name}", value]
     if number == 1:
         line += ["--config", *(f"{name}={value}" for name, value in CONFIG.items())]
-    with sdpa_kernel(SDPBackend.MATH):  # as exact, and faster than the fused one at this size
-        return train.main([*map(str, line)])
+    return [*map(str, line)]
+
+
+def latents(out):
+    """The latents of all edits, for the stages.
+
+    Source and target are encoded as one batch: PyTorch is four times slower with one small clip.
+    """
+    import torch
+    from tqdm import tqdm
+
+    import train
+    from vae import to_video
+
+    args = train.settings(settings(out, 2))
+    train.complete(args)
+    args.start, args.out = None, out
+    model = train.build_model(args)
+    pairs = train.read_pairs(args, args.data, model)
+    cache, stem = train.Latents(model.vae, args.cache), model.vae.conv1.weight
+    for pair, shape in zip(tqdm(pairs.pairs, disable=None), pairs.shapes):
+        pictures = [cache.look_up(path, shape[0]) for path in (pair.source, pair.target)]
+        new = [picture for picture in pictures if picture.z is None]
+        if new:
+            z = model.vae.encode(torch.cat([to_video(p.frames, like=stem) for p in new]))
+            for picture, part in zip(new, z.split(1)):
+                cache.store(picture, part)
+
+
+def stage(out, number):
+    """A stage of train.py, its layers compiled."""
+    import train
+    from connector import compile_blocks
+
+    def build(args):
+        model = train.build_model(args)
+        compile_blocks([*model.dit.blocks, *model.mllm.model.layers])
+        return model
+
+    return train.main(settings(out, number), build)
 
 
 def scores(out):
@@ -167,26 +205,23 @@ def scores(out):
 
 def run_part(out, name):
     """One part, to its end -> exit code."""
-    sys.path[:0] = [str(HERE), str(TOP)]
-    if name.startswith("stage"):
-        return stage(out, int(name[-1]))
-    if name in ("bank", "data", "scores"):
-        return {"bank": bank, "data": data, "scores": scores}[name](out)
-    return base(out, name)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):  # as exact as the fused one, and faster at this size
+        if name.startswith("stage"):
+            return stage(out, int(name[-1]))
+        own = {"bank": bank, "data": data, "latents": latents, "scores": scores}
+        return own[name](out) if name in own else base(out, name)
 
 
 # Running them all.
 
 
 def start(out, name):
-    """Starts a part in a process of its own, or in two."""
-    command = [sys.executable]
-    if name.startswith("stage"):
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).resolve()), name, "--out", str(out)]
+    """Starts a part in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), name, "--out", str(out)]
     log = open(out / "logs" / f"{name}.log", "a")
-    threads = "2" if name == "scores" else "1"
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    environment = os.environ | {"OMP_NUM_THREADS": str(PARTS[name].cores)}
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
@@ -215,8 +250,10 @@ def run_all(out):
     """Runs all parts that are not done -> exit code."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
     (out / "done").mkdir(exist_ok=True)
-    waiting = [name for name in PARTS if not (out / "done" / name).exists()]
-    running, began = {}, {}
+    waiting, running = [name for name in PARTS if not (out / "done" / name).exists()], {}
+    file, minutes, before = out / "minutes.json", {"all": 0.0}, time.time()
+    if file.exists():
+        minutes = json.loads(file.read_text())
     try:
         while waiting or running:
             for name in list(waiting):
@@ -224,8 +261,13 @@ def run_all(out):
                 used = sum(PARTS[other].cores for other in running)
                 if ready and used + PARTS[name].cores <= 2:
                     waiting.remove(name)
-                    running[name], began[name] = start(out, name), time.time()
+                    running[name] = start(out, name)
             time.sleep(1)
+            passed, before = (time.time() - before) / 60, time.time()
+            for name in ("all", *running):
+                minutes[name] = minutes.get(name, 0.0) + passed
+            with whole(file) as partial:
+                partial.write_text(json.dumps(minutes, indent=1) + "\n")
             for name, process in list(running.items()):
                 if process.poll() is None:
                     continue
@@ -235,13 +277,13 @@ def run_all(out):
                         f"\nmake.py: {name} failed; see {out / 'logs' / name}.log", file=sys.stderr
                     )
                     return 1
-                minutes = (time.time() - began[name]) / 60
-                (out / "done" / name).write_text(f"{minutes:.1f} minutes\n")
-                print(f"\r{name}: {minutes:.1f} minutes", flush=True)
+                (out / "done" / name).touch()
+                print(f"\r{name}: {minutes[name]:.1f} minutes", flush=True)
             shares = ", ".join(f"{name} {100 * progress(out, name):.0f} %" for name in running)
             if sys.stderr.isatty():
                 left = minutes_left(out, waiting, running)
                 print(f"\r{shares}; about {left:.0f} minutes left   ", end="", file=sys.stderr)
+        print(f"\rall: {minutes['all']:.1f} minutes")
         return 0
     except KeyboardInterrupt:
         print("\nmake.py: interrupted; the same command goes on", file=sys.stderr)
@@ -260,6 +302,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"), help=help)
     args = parser.parse_args()
     out = args.out.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no part should outlive this process
     return run_part(out, args.part) if args.part else run_all(out)
 
 

@@ -480,7 +480,15 @@ def make_mllm(out, args):
     look = Look(model.visual)
     look.load_state_dict(seeing)  # and with it the tower of the model
     print(f"mllm: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    teach("mllm", out, model, processor, args.mllm_steps, first=10**8, edits=(0.5, 0.5), lr=1e-3)
+    data = {"first": 10**8, "edits": (0.5, 0.5), "precision": args.precision}
+    rates = {"lr": 1e-3, "muon_lr": 6e-3, "matrices": inner_matrices(model)}
+    teach("mllm", out, model, processor, args.mllm_steps, **data, **rates)
+
+
+def inner_matrices(model):
+    """The matrices of the MLLM's layers and of its vision tower's blocks, for Muon."""
+    towers = [*model.model.layers.parameters(), *model.visual.blocks.parameters()]
+    return [p for p in towers if p.ndim == 2]
 
 
 def make_instruct(out, args):
@@ -490,10 +498,9 @@ def make_instruct(out, args):
     """
     model = Qwen2_5_VL.from_pretrained(out / "mllm", dtype=torch.float32)
     processor = Processor.from_pretrained(out / "mllm")
-    towers = [*model.model.layers.parameters(), *model.visual.blocks.parameters()]
     # Three times these rates undo what is there: within 120 steps the loss had doubled, and after
     # 440 it was still 1.7 times that of the start.
-    rates = {"lr": 2e-4, "muon_lr": 3e-3, "matrices": [p for p in towers if p.ndim == 2]}
+    rates = {"lr": 2e-4, "muon_lr": 3e-3, "matrices": inner_matrices(model)}
     data = {"first": 2 * 10**8, "edits": (1, 0.2), "kinds": TAUGHT}
     steps, precision = args.instruct_steps, args.precision
     teach("instruct", out, model, processor, steps, **data, precision=precision, **rates)
@@ -633,8 +640,9 @@ def make_dit(out, args):
         context = caption_context(tokenizer, [captions[name][i] for i in chosen], DIT["text_dim"])
         sigma = sampler.draw_sigma(count)
         noise = torch.randn_like(x)
-        velocity, places = where(sampler.add_noise(x, noise, sigma), 1000 * sigma, context)
-        loss = F.mse_loss(velocity, sampler.target(x, noise))
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bfloat16"):
+            velocity, places = where(sampler.add_noise(x, noise, sigma), 1000 * sigma, context)
+        loss = F.mse_loss(velocity.float(), sampler.target(x, noise))
         return loss + 0.2 * places, {name: loss, "places": places}
 
     matrices = [p for p in dit.blocks.parameters() if p.ndim == 2]
@@ -680,7 +688,7 @@ def main():
     text = "for ship: what train.py wrote"
     trained = Path("runs/stage3/instructx")
     parser.add_argument("--trained", type=Path, default=trained, help=text)
-    choices, text = ("float32", "bfloat16"), "of decoder, refine and instruct"
+    choices, text = ("float32", "bfloat16"), "of all but vae and vision"
     parser.add_argument("--precision", choices=choices, default="float32", help=text)
     parser.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term of the VAE")
     args = parser.parse_args()
