@@ -84,8 +84,8 @@ def test_minutes_left_follow_the_steps(tmp_path):
     (tmp_path / "stage3").mkdir()
     half = {"step": make.PARTS["stage3"].steps // 2}
     (tmp_path / "stage3" / "metrics.jsonl").write_text(json.dumps(half) + "\n")
-    left = make.minutes_left(tmp_path, ["scores"], ["stage3"])
-    expected = make.PARTS["stage3"].minutes / 2 + make.PARTS["scores"].minutes
+    left = make.minutes_left(tmp_path, ["score-stage3"], ["stage3"])
+    expected = make.PARTS["stage3"].minutes / 2 + make.PARTS["score-stage3"].minutes
     assert left == pytest.approx(expected, abs=1)
 
 
@@ -101,9 +101,9 @@ def test_all_parts_in_a_miniature(monkeypatch, tmp_path):
     monkeypatch.setattr(make, "HELD_OUT", {"seed-9": (9, 6)})
     for name in make.PARTS:
         assert not make.run_part(tmp_path, name), name
-    scores = json.loads((tmp_path / "scores-seed-9.json").read_text())
+    scores = json.loads((tmp_path / "longer" / "scores-seed-9.json").read_text())
     assert len(scores["cases"]) == 6
-    model = InstructX.from_pretrained(tmp_path / "weights")
+    model = InstructX.from_pretrained(tmp_path / "longer" / "weights")
     case = world.sample(3, kind="add")
     assert model.edit(case.source, case.instruction).shape == np.shape(case.source)
     assert model.config.area == 65536 and model.trained

@@ -11,6 +11,7 @@ goes on where it was. OUT/logs has what they print, and OUT/minutes.json the min
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,10 +74,19 @@ PARTS = {
     "dit": Part(28, ("decoder", "tokenizer"), 2600),
     "data": Part(7, ("tokenizer",)),
     "latents": Part(14, ("mllm", "dit", "data")),
-    "stage1": Part(6, ("instruct", "latents"), 800, 2),
-    "stage2": Part(25, ("stage1",), 1600, 2),
-    "stage3": Part(170, ("stage2",), 11500, 2),
-    "scores": Part(10, ("stage3",), 0, 2),
+    "stage1": Part(4, ("instruct", "latents"), 800, 2),
+    "stage2": Part(12, ("stage1",), 1600, 2),
+    "stage3": Part(56, ("stage2",), 8000, 2),
+    "score-stage3": Part(10, ("stage3",), 0, 2),
+    "longer": Part(170, ("score-stage3",), 24000, 2),
+    "score-longer": Part(10, ("longer",), 0, 2),
+}
+# name: (stage of train.py, the part whose result it starts from)
+STAGES = {
+    "stage1": (1, None),
+    "stage2": (2, "stage1"),
+    "stage3": (3, "stage2"),
+    "longer": (3, "stage3"),
 }
 
 
@@ -86,7 +96,7 @@ def base(out, name):
 
     sys.argv = ["pretrain.py", name, "--out", str(out / "base")]
     if name == "ship":
-        sys.argv += ["--trained", str(out / "stage3" / "instructx")]
+        sys.argv += ["--trained", str(out / "longer" / "instructx")]
     elif PARTS[name].steps:
         sys.argv += [f"--{name}-steps", str(PARTS[name].steps)]
     sys.argv += ["--precision", "bfloat16"]
@@ -112,15 +122,15 @@ def data(out):
             world.make(out / "data" / name, count, 0.34, seed, split="heldout")
 
 
-def settings(out, number):
-    """The command line of a stage of train.py."""
-    names = ("images", "hard-images") if number == 1 else DATA
+def settings(out, name):
+    """The command line of train.py for a part."""
+    number, before = STAGES[name]
     values = {
         "stage": number,
         "weights": out / "base",
-        "out": out / f"stage{number}",
+        "out": out / name,
         "cache": out / "cache",
-        "steps": PARTS[f"stage{number}"].steps,
+        "steps": PARTS[name].steps,
         "image-batch": 32,
         "video-batch": 8,
         "micro-batch": 32,
@@ -131,15 +141,16 @@ def settings(out, number):
         "warmup": 20,
     }
     if number > 1:
-        values["start"] = out / f"stage{number - 1}" / "instructx"
+        values["start"] = out / before / "instructx"
         values |= {"muon-lr": 0.02, "change-weight": 8, "video-share": 0.4}
     if number == 3:
         values["schedule"] = "linear"
-    line = ["--data", *(out / "data" / name / "data.jsonl" for name in names)]
-    for name, value in values.items():
-        line += [f"--{name}", value]
+    folders = ("images", "hard-images") if number == 1 else DATA
+    line = ["--data", *(out / "data" / folder / "data.jsonl" for folder in folders)]
+    for key, value in values.items():
+        line += [f"--{key}", value]
     if number == 1:
-        line += ["--config", *(f"{name}={value}" for name, value in CONFIG.items())]
+        line += ["--config", *(f"{key}={value}" for key, value in CONFIG.items())]
     return [*map(str, line)]
 
 
@@ -154,7 +165,7 @@ def latents(out):
     import train
     from vae import to_video
 
-    args = train.settings(settings(out, 2))
+    args = train.settings(settings(out, "stage2"))
     train.complete(args)
     args.start, args.out = None, out
     model = train.build_model(args)
@@ -169,8 +180,8 @@ def latents(out):
                 cache.store(picture, part)
 
 
-def stage(out, number):
-    """A stage of train.py, its layers compiled."""
+def stage(out, name):
+    """A run of train.py, its layers compiled."""
     import train
     from connector import compile_blocks
 
@@ -179,28 +190,34 @@ def stage(out, number):
         compile_blocks([*model.dit.blocks, *model.mllm.model.layers])
         return model
 
-    return train.main(settings(out, number), build)
+    return train.main(settings(out, name), build)
 
 
-def scores(out):
-    """Edits and judges the held-out cases -> OUT/scores-*.json and .txt."""
+def scores(out, name):
+    """Edits and judges the held-out cases with the result of a stage -> OUT/NAME/scores-*."""
     import world
 
-    weights = out / "weights"
+    weights = out / name / "weights"
     weights.mkdir(exist_ok=True)
-    for name, folder in (
-        ("mllm", "base/mllm"),
-        ("vae", "base/vae"),
-        ("instructx", "stage3/instructx"),
-    ):
-        if not (weights / name).exists():
-            (weights / name).symlink_to(Path("..") / folder, target_is_directory=True)
-    for name in HELD_OUT:
-        results = out / "results" / name
-        world.edit(out / "data" / name, results, weights)
-        judged = world.score(out / "data" / name, results, world.load_vae(weights / "vae"))
-        (out / f"scores-{name}.json").write_text(json.dumps(judged, indent=1) + "\n")
-        (out / f"scores-{name}.txt").write_text(world.table(judged) + "\n")
+    folders = {"mllm": "base/mllm", "vae": "base/vae", "instructx": f"{name}/instructx"}
+    for link, folder in folders.items():
+        if not (weights / link).exists():
+            (weights / link).symlink_to(Path("../..") / folder, target_is_directory=True)
+    for cases in HELD_OUT:
+        results = out / name / "results" / cases
+        world.edit(out / "data" / cases, results, weights)
+        judged = world.score(out / "data" / cases, results, world.load_vae(weights / "vae"))
+        (out / name / f"scores-{cases}.json").write_text(json.dumps(judged, indent=1) + "\n")
+        (out / name / f"scores-{cases}.txt").write_text(world.table(judged) + "\n")
+
+
+def ship(out):
+    """The result, its curves and its picture, in the place of what ships."""
+    import world
+
+    base(out, "ship")
+    shutil.copy(out / "longer" / "curves.png", HERE)
+    world.show(HERE / "results.png", seed=3, split="heldout", weights=HERE)
 
 
 def run_part(out, name):
@@ -208,9 +225,11 @@ def run_part(out, name):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH):  # as exact as the fused one, and faster at this size
-        if name.startswith("stage"):
-            return stage(out, int(name[-1]))
-        own = {"bank": bank, "data": data, "latents": latents, "scores": scores}
+        if name in STAGES:
+            return stage(out, name)
+        if name.startswith("score-"):
+            return scores(out, name.removeprefix("score-"))
+        own = {"bank": bank, "data": data, "latents": latents, "ship": ship}
         return own[name](out) if name in own else base(out, name)
 
 
@@ -228,7 +247,7 @@ def start(out, name):
 def progress(out, name):
     """The share of a part's steps that are done."""
     file = out / "base" / f"{name}.jsonl"
-    if name.startswith("stage"):
+    if name in STAGES:
         file = out / name / "metrics.jsonl"
     try:
         step = json.loads(file.read_text().splitlines()[-1])["step"]
