@@ -1352,6 +1352,13 @@ def name_outputs(args, job, inputs):
     return outputs
 
 
+def find_compiler(user):
+    """Raises ValueError where torch.compile has no C++ compiler for what `user` wants of a CPU."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if not shutil.which(os.environ.get("CXX", usual)):
+        raise ValueError(f"{user} needs the compiler {usual}, or the one that CXX names")
+
+
 def load(args):
     """(model, device). Raises ValueError for a device that is not there, or by from_pretrained."""
     import torch  # here and not at the top: seconds, which a mistyped option should not cost
@@ -1368,9 +1375,7 @@ def load(args):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     elif args.compile:
-        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        if not shutil.which(os.environ.get("CXX", usual)):
-            raise ValueError(f"--compile needs the compiler {usual}, or the one that CXX names")
+        find_compiler("--compile")
     quantize = torch.int8 if args.quantize else None
     settings = getattr(torch, args.dtype), args.instructx, args.offload, quantize
     model = InstructX.from_pretrained(args.weights, device, *settings)

@@ -80,7 +80,7 @@ def test_a_part_that_fails_ends_the_rest_and_the_next_run_goes_on(run, capsys):
 def test_minutes_left_follow_the_steps(tmp_path):
     """A line that says an hour for ten hours helps nobody."""
     everything = make.minutes_left(tmp_path, [*make.PARTS], [])
-    assert 200 < everything <= 720
+    assert 200 < everything <= 360
     (tmp_path / "stage3").mkdir()
     half = {"step": make.PARTS["stage3"].steps // 2}
     (tmp_path / "stage3" / "metrics.jsonl").write_text(json.dumps(half) + "\n")

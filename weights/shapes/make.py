@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(TOP)]
 
-from edit import whole
+from edit import find_compiler, whole
 
 HARD = ("hybrid", "swap", "style", "ref_swap")  # kinds of edits that take longest to learn
 
@@ -64,22 +64,22 @@ PARTS = {
     "tokenizer": Part(1, ()),
     "bank": Part(2, ()),
     # Eyes first, then words, then what edits lead to.
-    "vision": Part(8, ("tokenizer", "bank"), 550),
-    "mllm": Part(65, ("vision",), 3450),
-    "instruct": Part(50, ("mllm",), 3600),
+    "vision": Part(15, ("tokenizer", "bank"), 550),
+    "mllm": Part(30, ("vision",), 3450),
+    "instruct": Part(28, ("mllm",), 3600),
     # Refined at once: whatever is trained on latents has to start again when they change.
     "vae": Part(25, ("bank",), 2800),
     "refine": Part(36, ("vae",), 2400),
-    "decoder": Part(26, ("refine",), 1900),
-    "dit": Part(28, ("decoder", "tokenizer"), 2600),
-    "data": Part(7, ("tokenizer",)),
-    "latents": Part(14, ("mllm", "dit", "data")),
+    "decoder": Part(13, ("refine",), 1900),
+    "dit": Part(13, ("decoder", "tokenizer"), 2600),
+    "data": Part(9, ("tokenizer",)),
+    "latents": Part(12, ("mllm", "dit", "data")),
     "stage1": Part(4, ("instruct", "latents"), 800, 2),
     "stage2": Part(12, ("stage1",), 1600, 2),
     "stage3": Part(56, ("stage2",), 8000, 2),
-    "score-stage3": Part(10, ("stage3",), 0, 2),
+    "score-stage3": Part(11, ("stage3",), 0, 2),
     "longer": Part(170, ("score-stage3",), 24000, 2),
-    "score-longer": Part(10, ("longer",), 0, 2),
+    "score-longer": Part(11, ("longer",), 0, 2),
 }
 # name: (stage of train.py, the part whose result it starts from)
 STAGES = {
@@ -122,7 +122,7 @@ def data(out):
             world.make(out / "data" / name, count, 0.34, seed, split="heldout")
 
 
-def settings(out, name):
+def command_line(out, name):
     """The command line of train.py for a part."""
     number, before = STAGES[name]
     values = {
@@ -165,7 +165,7 @@ def latents(out):
     import train
     from vae import to_video
 
-    args = train.settings(settings(out, "stage2"))
+    args = train.settings(command_line(out, "stage2"))
     train.complete(args)
     args.start, args.out = None, out
     model = train.build_model(args)
@@ -190,7 +190,7 @@ def stage(out, name):
         compile_blocks([*model.dit.blocks, *model.mllm.model.layers])
         return model
 
-    return train.main(settings(out, name), build)
+    return train.main(command_line(out, name), build)
 
 
 def scores(out, name):
@@ -321,6 +321,11 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"), help=help)
     args = parser.parse_args()
     out = args.out.resolve()
+    if args.part in (None, *STAGES):
+        try:
+            find_compiler("make.py")  # which the stages would miss only after hours
+        except ValueError as error:
+            parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no part should outlive this process
     return run_part(out, args.part) if args.part else run_all(out)
 
