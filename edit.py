@@ -592,10 +592,10 @@ def whole(path):
     name = zlib.crc32(os.fsencode(target.name))  # short, whatever the name
     unfinished = target.with_name(f".{name:08x}-{platform.node()}-{os.getpid()}.partial")
     try:
-        unfinished.touch()
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror})") from None
-    try:
+        try:
+            unfinished.touch()
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error.strerror})") from None
         mode = unfinished.stat().st_mode
         yield unfinished
         unfinished.chmod(mode)
@@ -985,8 +985,18 @@ def note(text):
 note_once = functools.cache(note)
 
 
+signals = []  # that should have ended this process
+
+
+def end_after_signals():
+    """C code may swallow a handler's SystemExit, or raise another error in its place."""
+    if signals:
+        sys.exit(128 + signals[0])
+
+
 def explain(error):
     """What is wrong, and what would be right, in words; None for a fault of the program."""
+    end_after_signals()
     words = "out of memory|not enough memory|allocate memory"  # of torch
     no_memory = isinstance(error, RuntimeError) and re.search(words, str(error))
     if no_memory or isinstance(error, MemoryError):
@@ -1019,6 +1029,7 @@ class Phases:
         self.rows = {}  # phase: (seconds, peak in bytes, remark)
 
     def __call__(self, phase, done, total):
+        end_after_signals()
         now = time.perf_counter()
         if phase != self.phase:
             self.end()
@@ -1559,8 +1570,8 @@ class Tally:
 
     def fail(self, name, error):
         """Counts an edit that failed, and says why in a line."""
-        self.failed += 1
         problem = " ".join((explain(error) or repr(error)).split())[:600]
+        self.failed += 1
         note(f"error: {problem}" if name in problem else f"error: {name}: {problem}")
         self.answer(error=problem)
         if self.is_dialogue:  # whoever asks again means the same result
@@ -1668,7 +1679,8 @@ def prepare_process():
     """Lets names be read and printed in any locale, and signals be exceptions that clean up."""
 
     def stop(number, _):
-        note("terminated")
+        signals.append(number)
+        note("interrupted" if number == signal.SIGINT else "terminated")
         sys.exit(128 + number)
 
     for name in ("stdin", "stdout", "stderr"):
@@ -1678,7 +1690,7 @@ def prepare_process():
         if hasattr(stream, "reconfigure"):  # not where a test has replaced it
             stream.reconfigure(encoding=encoding, errors="surrogateescape")
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, stop)
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as under nohup
             signal.signal(getattr(signal, name), stop)

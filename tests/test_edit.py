@@ -1,5 +1,6 @@
 """edit.py as a user meets it: what comes out lies on what went in; what cannot be is one line."""
 
+import contextlib
 import json
 import math
 import os
@@ -312,9 +313,26 @@ def test_interrupt_leaves_nothing(tiny_weights, clip, tmp_path, number, code, sa
     time.sleep(1)
     assert len(os.listdir(tmp_path)) == 2
     process.send_signal(number)
-    assert process.wait(30) == code and process.stderr.read() == f"edit.py: {said}\n"
+    assert (process.wait(30), process.stderr.read()) == (code, f"edit.py: {said}\n")
     assert os.listdir(tmp_path) == ["out.mp4"]
     assert output.read_bytes() == b"the result of an earlier run"
+
+
+def test_swallowed_signals(negative, photo, tmp_path, monkeypatch, capsys):
+    """As by safetensors, which asks a tensor for its shape and makes a ValueError of any error."""
+    ways = [lambda *arguments: arguments[-2]("denoise", 1, 2), lambda *_: int("no shape")]
+
+    def swallow(*arguments):
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        ways.pop()(*arguments)
+
+    negative.edit = swallow
+    for _ in list(ways):
+        monkeypatch.setattr(edit, "signals", [])
+        code, out, err = run(capsys, photo, "x", "-o", tmp_path / "out.png", "--weights", tmp_path)
+        assert (code, out, err) == (143, [], "edit.py: terminated\n")
+        assert os.listdir(tmp_path) == ["photo.png"]
 
 
 @pytest.mark.parametrize("suffix", CLIP_OPTIONS)
