@@ -1,7 +1,10 @@
 """make.py: parts in their order, what was killed goes on, and all of them in a miniature."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,37 +23,42 @@ from connector import InstructX
 class Process:
     """Stands in for a part's process: ends when the test has counted so many seconds."""
 
-    def __init__(self, name, seconds, code):
-        self.name, self.left, self.returncode = name, seconds, code
+    def __init__(self, mark, seconds, code):
+        self.mark, self.name, self.left, self.code = mark, mark.name, seconds, code
         self.terminated = False
 
     def poll(self):
         self.left -= 1
-        return None if self.left > 0 else self.returncode
+        if self.left > 0:
+            return None
+        if not self.code:
+            self.mark.touch()
+        return self.code
 
     def terminate(self):
         self.terminated = True
 
-    def wait(self):
+    def wait(self, timeout):
         return 0
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """run(codes) -> (exit code, [what ran beside what], processes); all takes no time."""
+    """run(codes, goal) -> (exit code, [what ran beside what], processes); all takes no time."""
 
-    def go(codes=()):
+    def go(codes=(), goal=None):
         processes, beside = [], []
 
-        def start(out, name):
+        def start(out, name, lock):
             alive = [p.name for p in processes if p.left > 0]
-            processes.append(Process(name, 3 + len(name), dict(codes).get(name, 0)))
+            mark = tmp_path / "done" / name
+            processes.append(Process(mark, 3 + len(name), dict(codes).get(name, 0)))
             beside.append((name, alive))
             return processes[-1]
 
         monkeypatch.setattr(make, "start", start)
         monkeypatch.setattr(make.time, "sleep", lambda seconds: None)
-        return make.run_all(tmp_path), beside, processes
+        return make.run_all(tmp_path, goal), beside, processes
 
     return go
 
@@ -69,7 +77,7 @@ def test_parts_run_when_what_they_need_is_there(run):
 def test_a_part_that_fails_ends_the_rest_and_the_next_run_goes_on(run, capsys):
     """Hours of a part that runs beside the one that failed should not be lost or run twice."""
     code, beside, processes = run({"vision": 1})
-    assert code == 1 and "vision failed" in capsys.readouterr().err
+    assert code == 1 and "vision ended with 1; see" in capsys.readouterr().err
     alive = [process for process in processes if process.left > 0]
     assert alive and all(process.terminated for process in alive)
     finished = {name for name, _ in beside} - {"vision"} - {process.name for process in alive}
@@ -77,14 +85,80 @@ def test_a_part_that_fails_ends_the_rest_and_the_next_run_goes_on(run, capsys):
     assert code == 0 and {name for name, _ in beside} == {*make.PARTS} - finished
 
 
+def test_a_goal_takes_what_it_needs(run):
+    """Half the recipe is a recipe of its own."""
+    code, beside, _ = run(goal="score-stage3")
+    assert code == 0
+    assert {name for name, _ in beside} == {*make.PARTS} - {"longer", "score-longer"}
+    assert [name for name, _ in run()[1]] == ["longer", "score-longer"]
+
+
+def test_a_folder_has_one_run(run, tmp_path, capsys):
+    """Two of them once wrote one file of data, with holes that nobody would have noticed."""
+    (tmp_path / "logs").mkdir()
+    with open(tmp_path / ".lock", "w") as lock:
+        make.fcntl.flock(lock, make.fcntl.LOCK_EX)
+        assert run()[:2] == (2, []) and "parts run in" in capsys.readouterr().err
+    assert run()[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["dit", "--alone"], "dit needs decoder first"),
+        (["bank", "--alone"], "bank is done already"),
+        (["--alone"], "needs the name of a part"),
+        (["ship"], "has no scores yet"),
+    ],
+)
+def test_parts_out_of_turn(words, said, tmp_path, monkeypatch, capsys):
+    """A decoder of the VAE before it was refined took the place of the refined one, for good."""
+    monkeypatch.setattr(sys, "argv", ["make.py", *words, "--out", str(tmp_path)])
+    (tmp_path / "done").mkdir()
+    for name in ("bank", "tokenizer"):
+        (tmp_path / "done" / name).touch()
+    before = {number: make.signal.getsignal(number) for number in (1, 15)}
+    try:
+        code = make.main()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        for number, handler in before.items():
+            make.signal.signal(number, handler)
+    assert code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [make.signal.SIGTERM, make.signal.SIGHUP, make.signal.SIGINT])
+def test_no_part_outlives_the_run(number, tmp_path):
+    """A closed terminal left trainings behind that nobody saw, and a new run beside them."""
+    (tmp_path / "part.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    script = "import sys, make; make.__file__ = sys.argv.pop(1); sys.exit(make.main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "part.py", "--out", tmp_path],
+        env=os.environ | {"PYTHONPATH": str(FOLDER)},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: make.signal.signal(number, make.signal.SIG_DFL),
+    )
+    logs = [tmp_path / "logs" / f"{name}.log" for name in ("tokenizer", "bank")]
+    deadline = time.monotonic() + 30
+    while not all(log.exists() and log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
+    with open(tmp_path / ".lock") as lock:  # which each part holds, too
+        make.fcntl.flock(lock, make.fcntl.LOCK_EX | make.fcntl.LOCK_NB)
+
+
 def test_minutes_left_follow_the_steps(tmp_path):
     """A line that says an hour for ten hours helps nobody."""
-    everything = make.minutes_left(tmp_path, [*make.PARTS], [])
-    assert 200 < everything <= 360
+    assert 200 < make.minutes_left(tmp_path, make.needed("score-stage3")) <= 360
+    assert 360 < make.minutes_left(tmp_path, make.PARTS) <= 720
     (tmp_path / "stage3").mkdir()
     half = {"step": make.PARTS["stage3"].steps // 2}
     (tmp_path / "stage3" / "metrics.jsonl").write_text(json.dumps(half) + "\n")
-    left = make.minutes_left(tmp_path, ["score-stage3"], ["stage3"])
+    left = make.minutes_left(tmp_path, ["stage3", "score-stage3"])
     expected = make.PARTS["stage3"].minutes / 2 + make.PARTS["score-stage3"].minutes
     assert left == pytest.approx(expected, abs=1)
 

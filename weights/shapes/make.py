@@ -1,17 +1,17 @@
 """Makes the shapes model from nothing: data, base models, the three stages, scores.
 
     python weights/shapes/make.py                # into runs/shapes; the same command goes on there
+    python weights/shapes/make.py score-stage3   # a part and what it needs: half the time
     python weights/shapes/make.py ship           # puts the result in the place of what ships
-    python weights/shapes/make.py PART           # one part alone, such as stage2, to its end
 
 Parts run on two cores, two beside each other where neither needs the other. A part that was killed
 goes on where it was. OUT/logs has what they print, and OUT/minutes.json the minutes of each.
 """
 
 import argparse
+import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,14 +25,13 @@ sys.path[:0] = [str(HERE), str(TOP)]
 
 from edit import find_compiler, whole
 
-HARD = ("hybrid", "swap", "style", "ref_swap")  # kinds of edits that take longest to learn
-
-# name: (images or clips, cases, seed, kinds; () for all)
+# name: (share of clips, cases, seed, kinds in turn; () for all). What takes longest to learn comes
+# more often: edits of two parts, and looks in clips.
 DATA = {
     "images": (0, 24000, 1, ()),
-    "hard-images": (0, 18000, 2, ("hybrid", *HARD)),
+    "hard-images": (0, 24000, 2, ("hybrid", "swap", "hybrid", "style", "hybrid", "ref_swap")),
     "clips": (1, 3000, 3, ()),
-    "hard-clips": (1, 4000, 4, ("swap", *HARD)),
+    "hard-clips": (1, 7000, 4, ("hybrid", "swap", "style", "hybrid", "style", "ref_swap", "swap")),
 }
 # name: (seed, cases) of the scores: the usual ones, and fresh ones
 HELD_OUT = {"seed-9": (9, 450), "seed-19": (19, 450)}
@@ -66,19 +65,19 @@ PARTS = {
     # Eyes first, then words, then what edits lead to.
     "vision": Part(15, ("tokenizer", "bank"), 550),
     "mllm": Part(30, ("vision",), 3450),
-    "instruct": Part(28, ("mllm",), 3600),
     # Refined at once: whatever is trained on latents has to start again when they change.
     "vae": Part(25, ("bank",), 2800),
     "refine": Part(36, ("vae",), 2400),
     "decoder": Part(13, ("refine",), 1900),
     "dit": Part(13, ("decoder", "tokenizer"), 2600),
-    "data": Part(9, ("tokenizer",)),
-    "latents": Part(12, ("mllm", "dit", "data")),
+    "data": Part(11, ("mllm",)),  # not earlier: from bank to dit takes longest
+    "instruct": Part(47, ("mllm",), 6000),
+    "latents": Part(16, ("mllm", "dit", "data")),
     "stage1": Part(4, ("instruct", "latents"), 800, 2),
     "stage2": Part(12, ("stage1",), 1600, 2),
-    "stage3": Part(56, ("stage2",), 8000, 2),
+    "stage3": Part(140, ("stage2",), 20000, 2),
     "score-stage3": Part(11, ("stage3",), 0, 2),
-    "longer": Part(170, ("score-stage3",), 24000, 2),
+    "longer": Part(315, ("stage3",), 45000, 2),
     "score-longer": Part(11, ("longer",), 0, 2),
 }
 # name: (stage of train.py, the part whose result it starts from)
@@ -90,17 +89,13 @@ STAGES = {
 }
 
 
-def base(out, name):
+def base(out, name, *options):
     """A part of pretrain.py, in this process."""
     import pretrain
 
-    sys.argv = ["pretrain.py", name, "--out", str(out / "base")]
-    if name == "ship":
-        sys.argv += ["--trained", str(out / "longer" / "instructx")]
-    elif PARTS[name].steps:
-        sys.argv += [f"--{name}-steps", str(PARTS[name].steps)]
-    sys.argv += ["--precision", "bfloat16"]
-    pretrain.main()
+    if name in PARTS and PARTS[name].steps:
+        options = (f"--{name}-steps", str(PARTS[name].steps))
+    pretrain.main([name, "--out", str(out / "base"), "--precision", "bfloat16", *options])
 
 
 def bank(out):
@@ -139,6 +134,7 @@ def command_line(out, name):
         "video-shift": 3,
         "precision": "bfloat16",
         "warmup": 20,
+        "seed": [*STAGES].index(name),  # one for all would begin each with the last one's batches
     }
     if number > 1:
         values["start"] = out / before / "instructx"
@@ -155,7 +151,7 @@ def command_line(out, name):
 
 
 def latents(out):
-    """The latents of all edits, for the stages.
+    """The latents of all sources and targets, for the stages.
 
     Source and target are encoded as one batch: PyTorch is four times slower with one small clip.
     """
@@ -167,17 +163,16 @@ def latents(out):
 
     args = train.settings(command_line(out, "stage2"))
     train.complete(args)
-    args.start, args.out = None, out
+    args.start = None
     model = train.build_model(args)
     pairs = train.read_pairs(args, args.data, model)
     cache, stem = train.Latents(model.vae, args.cache), model.vae.conv1.weight
     for pair, shape in zip(tqdm(pairs.pairs, disable=None), pairs.shapes):
         pictures = [cache.look_up(path, shape[0]) for path in (pair.source, pair.target)]
-        new = [picture for picture in pictures if picture.z is None]
-        if new:
-            z = model.vae.encode(torch.cat([to_video(p.frames, like=stem) for p in new]))
-            for picture, part in zip(new, z.split(1)):
-                cache.store(picture, part)
+        if any(picture.z is None for picture in pictures):
+            z = model.vae.encode(torch.cat([to_video(p.frames, like=stem) for p in pictures]))
+            for picture, latent in zip(pictures, z.split(1)):
+                cache.store(picture, latent)
 
 
 def stage(out, name):
@@ -201,7 +196,7 @@ def scores(out, name):
     weights.mkdir(exist_ok=True)
     folders = {"mllm": "base/mllm", "vae": "base/vae", "instructx": f"{name}/instructx"}
     for link, folder in folders.items():
-        if not (weights / link).exists():
+        if not (weights / link).is_symlink():
             (weights / link).symlink_to(Path("../..") / folder, target_is_directory=True)
     for cases in HELD_OUT:
         results = out / name / "results" / cases
@@ -212,12 +207,18 @@ def scores(out, name):
 
 
 def ship(out):
-    """The result, its curves and its picture, in the place of what ships."""
+    """The best result, its curves and its picture, in the place of what ships -> exit code."""
     import world
 
-    base(out, "ship")
-    shutil.copy(out / "longer" / "curves.png", HERE)
+    scored = [name for name in STAGES if (out / "done" / f"score-{name}").exists()]
+    if not scored:
+        print(f"make.py: error: {out} has no scores yet; make.py score-stage3", file=sys.stderr)
+        return 2
+    curves = (out / scored[-1] / "curves.png").read_bytes()
+    base(out, "ship", "--trained", str(out / scored[-1] / "instructx"))
+    (HERE / "curves.png").write_bytes(curves)
     world.show(HERE / "results.png", seed=3, split="heldout", weights=HERE)
+    return 0
 
 
 def run_part(out, name):
@@ -236,12 +237,18 @@ def run_part(out, name):
 # Running them all.
 
 
-def start(out, name):
-    """Starts a part in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), name, "--out", str(out)]
-    log = open(out / "logs" / f"{name}.log", "a")
+def start(out, name, lock):
+    """Starts a part in a process of its own, which holds the folder's lock like this one."""
+    command = [sys.executable, str(Path(__file__).resolve()), name, "--alone", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": str(PARTS[name].cores)}
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    with open(out / "logs" / f"{name}.log", "a") as log:
+        pipes = {"stdout": log, "stderr": log, "pass_fds": [lock.fileno()]}
+        return subprocess.Popen(command, env=environment, **pipes)
+
+
+def needed(name):
+    """A part, and all that it needs."""
+    return {name}.union(*map(needed, PARTS[name].needs))
 
 
 def progress(out, name):
@@ -250,29 +257,55 @@ def progress(out, name):
     if name in STAGES:
         file = out / name / "metrics.jsonl"
     try:
-        step = json.loads(file.read_text().splitlines()[-1])["step"]
+        with open(file, "rb") as stream:
+            stream.seek(max(0, file.stat().st_size - 1000))
+            step = json.loads(stream.read().splitlines()[-1])["step"]
     except (OSError, IndexError, ValueError, KeyError):
         return 0.0
-    return min(1.0, step / (PARTS[name].steps or step))
+    return min(1.0, step / PARTS[name].steps)
 
 
-def minutes_left(out, waiting, running):
+def minutes_left(out, names):
     """From the minutes of the parts' table: two beside each other as long as there are two."""
-    left = {name: PARTS[name].minutes for name in waiting}
-    left |= {name: PARTS[name].minutes * (1 - progress(out, name)) for name in running}
-    both = sum(minutes for name, minutes in left.items() if PARTS[name].cores == 2)
-    single = [minutes for name, minutes in left.items() if PARTS[name].cores == 1]
-    return both + max(sum(single) / 2, max(single, default=0))
+    left = {name: PARTS[name].minutes * (1 - progress(out, name)) for name in names}
+
+    def chain(name):
+        """Of what has to run before a part, and of the part."""
+        return left.get(name, 0) + max(map(chain, PARTS[name].needs), default=0)
+
+    work = sum(minutes * PARTS[name].cores / 2 for name, minutes in left.items())
+    return max(work, *map(chain, left))
 
 
-def run_all(out):
-    """Runs all parts that are not done -> exit code."""
+def end(processes):
+    """Ends parts that run: a stage writes a checkpoint first."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def run_all(out, goal=None):
+    """Runs what is not done of all parts, or of those that a goal needs -> exit code."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
     (out / "done").mkdir(exist_ok=True)
-    waiting, running = [name for name in PARTS if not (out / "done" / name).exists()], {}
-    file, minutes, before = out / "minutes.json", {"all": 0.0}, time.time()
+    lock = open(out / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = f"parts run in {out}; let them end, or name another --out"
+        print(f"make.py: error: {problem}", file=sys.stderr)
+        return 2
+    wanted = needed(goal) if goal else PARTS
+    waiting = [name for name in PARTS if name in wanted and not (out / "done" / name).exists()]
+    file, minutes, running, before = out / "minutes.json", {"all": 0.0}, {}, time.monotonic()
     if file.exists():
         minutes = json.loads(file.read_text())
+    on_terminal = sys.stderr.isatty()
+    clear = "\r\033[K" if on_terminal else ""
     try:
         while waiting or running:
             for name in list(waiting):
@@ -280,54 +313,69 @@ def run_all(out):
                 used = sum(PARTS[other].cores for other in running)
                 if ready and used + PARTS[name].cores <= 2:
                     waiting.remove(name)
-                    running[name] = start(out, name)
+                    running[name] = start(out, name, lock)
             time.sleep(1)
-            passed, before = (time.time() - before) / 60, time.time()
+            passed, before = (time.monotonic() - before) / 60, time.monotonic()
             for name in ("all", *running):
                 minutes[name] = minutes.get(name, 0.0) + passed
             with whole(file) as partial:
                 partial.write_text(json.dumps(minutes, indent=1) + "\n")
             for name, process in list(running.items()):
-                if process.poll() is None:
+                code = process.poll()
+                if code is None:
                     continue
                 del running[name]
-                if process.returncode:
-                    print(
-                        f"\nmake.py: {name} failed; see {out / 'logs' / name}.log", file=sys.stderr
-                    )
+                if code:
+                    log = out / "logs" / f"{name}.log"
+                    print(f"{clear}make.py: {name} ended with {code}; see {log}", file=sys.stderr)
                     return 1
-                (out / "done" / name).touch()
-                print(f"\r{name}: {minutes[name]:.1f} minutes", flush=True)
-            shares = ", ".join(f"{name} {100 * progress(out, name):.0f} %" for name in running)
-            if sys.stderr.isatty():
-                left = minutes_left(out, waiting, running)
-                print(f"\r{shares}; about {left:.0f} minutes left   ", end="", file=sys.stderr)
-        print(f"\rall: {minutes['all']:.1f} minutes")
+                print(f"{clear}{name}: {minutes[name]:.1f} minutes", flush=True)
+            if on_terminal and running:
+                shares = ", ".join(f"{name} {100 * progress(out, name):.0f} %" for name in running)
+                left = minutes_left(out, [*waiting, *running])
+                print(f"{clear}{shares}; about {left:.0f} minutes left", end="", file=sys.stderr)
+        print(f"{clear}all: {minutes['all']:.1f} minutes")
         return 0
     except KeyboardInterrupt:
-        print("\nmake.py: interrupted; the same command goes on", file=sys.stderr)
+        print(f"{clear}make.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
     finally:
-        for process in running.values():
-            process.terminate()
-            process.wait()
+        end(running.values())
+        lock.close()
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("part", nargs="?", choices=[*PARTS, "ship"], metavar="PART")
-    help = "folder for all that is made (default: runs/shapes)"
-    parser.add_argument("--out", type=Path, default=Path("runs/shapes"), help=help)
+    text = "folder for all that is made (default: runs/shapes of the repository)"
+    parser.add_argument("--out", type=Path, default=TOP / "runs" / "shapes", help=text)
+    text = "PART only, in this process; what it needs has to be there"
+    parser.add_argument("--alone", action="store_true", help=text)
     args = parser.parse_args()
-    out = args.out.resolve()
-    if args.part in (None, *STAGES):
+    out, name = args.out.resolve(), args.part
+    if args.alone and name not in PARTS:
+        parser.error("--alone needs the name of a part")
+    if name != "ship":
         try:
             find_compiler("make.py")  # which the stages would miss only after hours
         except ValueError as error:
             parser.error(str(error))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no part should outlive this process
-    return run_part(out, args.part) if args.part else run_all(out)
+    for number in {signal.SIGTERM, signal.SIGHUP}:  # no part should outlive this process
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if name == "ship":
+        return run_part(out, name)
+    if not args.alone:
+        return run_all(out, name)
+    missing = [need for need in PARTS[name].needs if not (out / "done" / need).exists()]
+    if missing or (out / "done" / name).exists():
+        why = f"needs {', '.join(missing)} first" if missing else "is done already"
+        parser.error(f"{name} {why} (see {out / 'done'})")
+    code = run_part(out, name)
+    if not code:
+        (out / "done" / name).touch()
+    return code
 
 
 if __name__ == "__main__":

@@ -672,7 +672,7 @@ PARTS = {
 }
 
 
-def main():
+def main(arguments=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("parts", nargs="+", choices=PARTS)
@@ -691,7 +691,7 @@ def main():
     choices, text = ("float32", "bfloat16"), "of all but vae and vision"
     parser.add_argument("--precision", choices=choices, default="float32", help=text)
     parser.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term of the VAE")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         start = time.time()

@@ -761,7 +761,7 @@ def make(folder, count, video_share=0.3, seed=0, split="train", size=64, frames=
     unfinished = folder / "data.jsonl.tmp"
     with open(unfinished, "w") as file:
         for i, (kind, video) in enumerate(
-            tqdm(plan(count, video_share, kinds), "cases", total=count)
+            tqdm(plan(count, video_share, kinds), "cases", total=count, disable=None)
         ):
             case = sample(seed * SEEDS + i, video, split, kind, size, frames)
             file.write(json.dumps(write_case(case, folder, f"{i:06d}")) + "\n")
@@ -863,8 +863,7 @@ def nearness(target, output, rival):
 
 
 def round_trip(vae, frames):
-    """uint8 (T, H, W, 3) through a VAE and back: no editor that paints in its latents beats this.
-    """
+    """uint8 (T, H, W, 3) through a VAE and back: no editor that paints in its latents beats this."""
     from vae import to_frames, to_video
 
     return to_frames(vae.decode(vae.encode(to_video(frames, like=vae.conv1.weight))))
@@ -897,7 +896,9 @@ def edit(data, results, weights):
     """
     model, data, results = load_model(weights), Path(data), Path(results)
     results.mkdir(parents=True, exist_ok=True)
-    for line in tqdm([json.loads(line) for line in open(data / "data.jsonl")], "edited"):
+    for line in tqdm(
+        [json.loads(line) for line in open(data / "data.jsonl")], "edited", disable=None
+    ):
         if find_result(results, line["id"]) is None:
             references = [read_frames(data / path)[0] for path in line["references"]]
             frames = model.edit(read_frames(data / line["source"]), line["instruction"], references)
@@ -927,9 +928,7 @@ def score_case(line, data, results, vae):
         path = find_result(results, line["id"])
         output = None if path is None else read_frames(path)
         if path and output.shape != target.shape:
-            raise ValueError(
-                f"{path} is {output.shape} (T, H, W, 3), its target {target.shape}"
-            )
+            raise ValueError(f"{path} is {output.shape} (T, H, W, 3), its target {target.shape}")
         verdicts["result"] = judge(source, target, output, wrong) if path else None
     return verdicts
 
@@ -962,7 +961,7 @@ def score(data, results=None, vae=None):
             "media": "clip" if line["video"] else "image",
             **score_case(line, data, results, vae),
         }
-        for line in tqdm(lines, "judged")
+        for line in tqdm(lines, "judged", disable=None)
     ]
     if passed := [case["id"] for case in cases if case["no-op"]["success"]]:
         raise ValueError(
@@ -1082,7 +1081,7 @@ def show(out, seed=0, video=False, split="train", weights=None):
         model = load_model(weights)
         results = [
             model.edit(case.source, case.instruction, case.references)
-            for case in tqdm(cases, "edited")
+            for case in tqdm(cases, "edited", disable=None)
         ]
     sheet(cases, columns=3, results=results).save(out)
 
