@@ -207,7 +207,10 @@ def scores(out, name):
 
 
 def ship(out):
-    """The best result, its curves and its picture, in the place of what ships -> exit code."""
+    """The furthest result that has scores, its curves and picture, in the place of what ships.
+
+    Returns the exit code.
+    """
     import world
 
     scored = [name for name in STAGES if (out / "done" / f"score-{name}").exists()]
