@@ -1683,6 +1683,7 @@ def prepare_process():
         note("interrupted" if number == signal.SIGINT else "terminated")
         sys.exit(128 + number)
 
+    signals.clear()  # of an earlier call from Python
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "r+"))
