@@ -601,7 +601,8 @@ def whole(path):
         unfinished.chmod(mode)
         os.replace(unfinished, target)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing could be written
+            unfinished.unlink()
 
 
 @functools.cache  # once per folder: with thousands of results each look takes a while

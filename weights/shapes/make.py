@@ -169,9 +169,10 @@ def latents(out):
     cache, stem = train.Latents(model.vae, args.cache), model.vae.conv1.weight
     for pair, shape in zip(tqdm(pairs.pairs, disable=None), pairs.shapes):
         pictures = [cache.look_up(path, shape[0]) for path in (pair.source, pair.target)]
-        if any(picture.z is None for picture in pictures):
-            z = model.vae.encode(torch.cat([to_video(p.frames, like=stem) for p in pictures]))
-            for picture, latent in zip(pictures, z.split(1)):
+        new = [picture for picture in pictures if picture.z is None]
+        if new:  # equal pictures, such as those that a removal leaves, share an entry
+            z = model.vae.encode(torch.cat([to_video(p.frames, like=stem) for p in new]))
+            for picture, latent in zip(new, z.split(1)):
                 cache.store(picture, latent)
 
 
