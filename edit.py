@@ -1047,6 +1047,7 @@ class Phases:
 
     def end(self):
         """Closes the current phase, if there is one."""
+        end_after_signals()
         if self.phase:
             peak = peak_memory(self.device)  # first, since on a GPU it waits for pending work
             self.bar.close()

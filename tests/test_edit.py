@@ -334,6 +334,14 @@ def test_swallowed_signals(negative, photo, tmp_path, capsys):
         assert os.listdir(tmp_path) == ["photo.png"]
 
 
+def test_a_file_in_the_place_of_a_folder(negative, photo, tmp_path, capsys):
+    """Not the system's words for a temporary file that nobody has asked for."""
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "out.png"
+    code, _, err = run(capsys, photo, "x", "-o", output, "--weights", tmp_path)
+    assert code == 2 and err == f"edit.py: error: {output} cannot be written (Not a directory)\n"
+
+
 @pytest.mark.parametrize("suffix", CLIP_OPTIONS)
 def test_an_error_inside_an_edit_is_the_one_reported(negative, clip, tmp_path, capsys, suffix):
     """A GIF without frames cannot be closed either, which hid what was wrong with the weights."""

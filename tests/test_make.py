@@ -163,6 +163,22 @@ def test_minutes_left_follow_the_steps(tmp_path):
     assert left == pytest.approx(expected, abs=1)
 
 
+def test_equal_pictures_share_latents(monkeypatch, tmp_path):
+    """What a removal leaves may be the target of another case: such pairs have one new picture."""
+    image = np.random.default_rng(0).integers(0, 256, (3, 1, 64, 64, 3), dtype=np.uint8)
+    rows = []
+    for i, source in enumerate(image[:2]):
+        for role, frames in (("source", source), ("target", image[2])):
+            world.write_frames(frames, tmp_path / f"{i}_{role}", False)
+        rows.append({"source": f"{i}_source.png", "target": f"{i}_target.png", "instruction": "x"})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["--stage", "2", "--data", tmp_path / "data.jsonl", "--weights", FOLDER]
+    line += ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    monkeypatch.setattr(make, "command_line", lambda *_: [*map(str, line)])
+    make.latents(tmp_path)
+    assert len([*(tmp_path / "cache").rglob("*.safetensors")]) == 3
+
+
 @pytest.mark.slow
 def test_all_parts_in_a_miniature(monkeypatch, tmp_path):
     """From nothing to scores: a part that no longer fits the next would be noticed hours later."""

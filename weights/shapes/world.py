@@ -863,7 +863,7 @@ def nearness(target, output, rival):
 
 
 def round_trip(vae, frames):
-    """uint8 (T, H, W, 3) through a VAE and back: no editor that paints in its latents beats this."""
+    """uint8 (T, H, W, 3) through a VAE and back: nothing that paints in its latents beats it."""
     from vae import to_frames, to_video
 
     return to_frames(vae.decode(vae.encode(to_video(frames, like=vae.conv1.weight))))
