@@ -1685,7 +1685,6 @@ def prepare_process():
         note("interrupted" if number == signal.SIGINT else "terminated")
         sys.exit(128 + number)
 
-    signals.clear()  # of an earlier call from Python
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "r+"))
@@ -1726,6 +1725,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         note("interrupted")
         sys.exit(130)
+    finally:
+        signals.clear()  # for the next call from Python
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from signal import SIG_DFL, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
 import numpy as np
 import pytest
@@ -40,6 +41,9 @@ class Process:
 
     def wait(self, timeout):
         return 0
+
+    def kill(self):
+        pass
 
 
 @pytest.fixture
@@ -117,37 +121,66 @@ def test_parts_out_of_turn(words, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "done").mkdir()
     for name in ("bank", "tokenizer"):
         (tmp_path / "done" / name).touch()
-    before = {number: make.signal.getsignal(number) for number in (1, 15)}
+    before = {number: getsignal(number) for number in (SIGHUP, SIGTERM)}
     try:
         code = make.main()
     except SystemExit as ended:
         code = ended.code
     finally:
         for number, handler in before.items():
-            make.signal.signal(number, handler)
+            signal(number, handler)
     assert code == 2 and said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [make.signal.SIGTERM, make.signal.SIGHUP, make.signal.SIGINT])
-def test_no_part_outlives_the_run(number, tmp_path):
+@pytest.fixture
+def sleepers(tmp_path):
+    """sleepers(program) -> a make.py that runs, whose parts are that program; it prints a word."""
+    processes = []
+
+    def go(program):
+        (tmp_path / "part.py").write_text(program)
+        script = "import sys, make; make.__file__ = sys.argv.pop(1); sys.exit(make.main())"
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path / "part.py", "--out", tmp_path],
+            env=os.environ | {"PYTHONPATH": str(FOLDER)},
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: [signal(number, SIG_DFL) for number in (SIGTERM, SIGHUP, SIGINT)],
+        )
+        processes.append(process)
+        logs = [tmp_path / "logs" / f"{name}.log" for name in ("tokenizer", "bank")]
+        deadline = time.monotonic() + 30
+        while not all(log.exists() and log.read_text() for log in logs):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return process
+
+    yield go
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGHUP, SIGINT])
+def test_no_part_outlives_the_run(number, sleepers, tmp_path):
     """A closed terminal left trainings behind that nobody saw, and a new run beside them."""
-    (tmp_path / "part.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
-    script = "import sys, make; make.__file__ = sys.argv.pop(1); sys.exit(make.main())"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path / "part.py", "--out", tmp_path],
-        env=os.environ | {"PYTHONPATH": str(FOLDER)},
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: make.signal.signal(number, make.signal.SIG_DFL),
-    )
-    logs = [tmp_path / "logs" / f"{name}.log" for name in ("tokenizer", "bank")]
-    deadline = time.monotonic() + 30
-    while not all(log.exists() and log.read_text() for log in logs):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    process = sleepers("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
     process.send_signal(number)
     assert process.wait(30) == 128 + number
     with open(tmp_path / ".lock") as lock:  # which each part holds, too
+        make.fcntl.flock(lock, make.fcntl.LOCK_EX | make.fcntl.LOCK_NB)
+
+
+def test_a_second_signal_ends_parts_that_do_not_end(sleepers, tmp_path):
+    """Whoever asks twice does not want to wait a minute, nor to look for what is left behind."""
+    ignoring = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    process = sleepers(ignoring + "print('here', flush=True)\ntime.sleep(60)\n")
+    process.send_signal(SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(SIGTERM)
+    assert process.wait(30) == 143
+    time.sleep(1)
+    with open(tmp_path / ".lock") as lock:
         make.fcntl.flock(lock, make.fcntl.LOCK_EX | make.fcntl.LOCK_NB)
 
 

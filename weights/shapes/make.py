@@ -9,6 +9,7 @@ goes on where it was. OUT/logs has what they print, and OUT/minutes.json the min
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -22,6 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(TOP)]
+
+from tqdm import tqdm
 
 from edit import find_compiler, whole
 
@@ -134,7 +137,7 @@ def command_line(out, name):
         "video-shift": 3,
         "precision": "bfloat16",
         "warmup": 20,
-        "seed": [*STAGES].index(name),  # one for all would begin each with the last one's batches
+        "seed": [*STAGES].index(name),  # else each would begin with the batches of the one before
     }
     if number > 1:
         values["start"] = out / before / "instructx"
@@ -270,7 +273,7 @@ def progress(out, name):
 
 
 def minutes_left(out, names):
-    """From the minutes of the parts' table: two beside each other as long as there are two."""
+    """What all the work takes on two cores, or what has to run one after the other, if longer."""
     left = {name: PARTS[name].minutes * (1 - progress(out, name)) for name in names}
 
     def chain(name):
@@ -282,13 +285,15 @@ def minutes_left(out, names):
 
 
 def end(processes):
-    """Ends parts that run: a stage writes a checkpoint first."""
+    """Ends parts that run. A stage writes a checkpoint first, for which it has a minute."""
     for process in processes:
         process.terminate()
-    for process in processes:
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in processes:
+                process.wait(60)
+    finally:  # after a second signal, too
+        for process in processes:
             process.kill()
 
 
@@ -308,8 +313,7 @@ def run_all(out, goal=None):
     file, minutes, running, before = out / "minutes.json", {"all": 0.0}, {}, time.monotonic()
     if file.exists():
         minutes = json.loads(file.read_text())
-    on_terminal = sys.stderr.isatty()
-    clear = "\r\033[K" if on_terminal else ""
+    bar = tqdm(bar_format="{desc}", leave=False, disable=None)  # shown on a terminal only
     try:
         while waiting or running:
             for name in list(waiting):
@@ -331,19 +335,21 @@ def run_all(out, goal=None):
                 del running[name]
                 if code:
                     log = out / "logs" / f"{name}.log"
-                    print(f"{clear}make.py: {name} ended with {code}; see {log}", file=sys.stderr)
+                    bar.write(f"make.py: {name} ended with {code}; see {log}", sys.stderr)
                     return 1
-                print(f"{clear}{name}: {minutes[name]:.1f} minutes", flush=True)
-            if on_terminal and running:
+                bar.write(f"{name}: {minutes[name]:.1f} minutes")
+                sys.stdout.flush()
+            if running and not bar.disable:
                 shares = ", ".join(f"{name} {100 * progress(out, name):.0f} %" for name in running)
                 left = minutes_left(out, [*waiting, *running])
-                print(f"{clear}{shares}; about {left:.0f} minutes left", end="", file=sys.stderr)
-        print(f"{clear}all: {minutes['all']:.1f} minutes")
+                bar.set_description_str(f"{shares}; about {left:.0f} minutes left")
+        bar.write(f"all: {minutes['all']:.1f} minutes")
         return 0
     except KeyboardInterrupt:
-        print(f"{clear}make.py: interrupted; the same command goes on", file=sys.stderr)
+        bar.write("make.py: interrupted; the same command goes on", sys.stderr)
         return 130
     finally:
+        bar.close()
         end(running.values())
         lock.close()
 
@@ -354,13 +360,13 @@ def main():
     parser.add_argument("part", nargs="?", choices=[*PARTS, "ship"], metavar="PART")
     text = "folder for all that is made (default: runs/shapes of the repository)"
     parser.add_argument("--out", type=Path, default=TOP / "runs" / "shapes", help=text)
-    text = "PART only, in this process; what it needs has to be there"
+    text = "PART only, as make.py itself starts it: nothing else may run in the folder"
     parser.add_argument("--alone", action="store_true", help=text)
     args = parser.parse_args()
     out, name = args.out.resolve(), args.part
     if args.alone and name not in PARTS:
         parser.error("--alone needs the name of a part")
-    if name != "ship":
+    if not name or name in PARTS and {*STAGES} & needed(name):
         try:
             find_compiler("make.py")  # which the stages would miss only after hours
         except ValueError as error:
