@@ -1251,7 +1251,10 @@ def gather(value):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Gives a list to which Ctrl-C and SIGTERM add their number; a second Ctrl-C interrupts."""
+    """Gives a list to which a signal that asks for the end adds its number.
+
+    That is Ctrl-C, of which a second one interrupts, SIGTERM, or a terminal that closes.
+    """
     received = []
 
     def receive(number, frame):
@@ -1260,8 +1263,9 @@ def stop_signals():
         received.append(number)
 
     with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, receive))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                stack.callback(signal.signal, number, signal.signal(number, receive))
         yield received
 
 

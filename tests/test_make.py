@@ -93,8 +93,8 @@ def test_a_goal_takes_what_it_needs(run):
     """Half the recipe is a recipe of its own."""
     code, beside, _ = run(goal="score-stage3")
     assert code == 0
-    assert {name for name, _ in beside} == {*make.PARTS} - {"longer", "score-longer"}
-    assert [name for name, _ in run()[1]] == ["longer", "score-longer"]
+    assert {name for name, _ in beside} == {*make.PARTS} - {"more", "longer", "score-longer"}
+    assert [name for name, _ in run()[1]] == ["more", "longer", "score-longer"]
 
 
 def test_a_folder_has_one_run(run, tmp_path, capsys):
@@ -199,16 +199,17 @@ def test_minutes_left_follow_the_steps(tmp_path):
 def test_equal_pictures_share_latents(monkeypatch, tmp_path):
     """What a removal leaves may be the target of another case: such pairs have one new picture."""
     image = np.random.default_rng(0).integers(0, 256, (3, 1, 64, 64, 3), dtype=np.uint8)
-    rows = []
+    folder, rows = tmp_path / "data" / "pair", []
+    folder.mkdir(parents=True)
     for i, source in enumerate(image[:2]):
         for role, frames in (("source", source), ("target", image[2])):
-            world.write_frames(frames, tmp_path / f"{i}_{role}", False)
+            world.write_frames(frames, folder / f"{i}_{role}", False)
         rows.append({"source": f"{i}_source.png", "target": f"{i}_target.png", "instruction": "x"})
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = ["--stage", "2", "--data", tmp_path / "data.jsonl", "--weights", FOLDER]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["--stage", "2", "--data", folder / "data.jsonl", "--weights", FOLDER]
     line += ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
     monkeypatch.setattr(make, "command_line", lambda *_: [*map(str, line)])
-    make.latents(tmp_path)
+    make.encode(tmp_path, ["pair"])
     assert len([*(tmp_path / "cache").rglob("*.safetensors")]) == 3
 
 
@@ -219,8 +220,10 @@ def test_all_parts_in_a_miniature(monkeypatch, tmp_path):
         monkeypatch.setattr(pretrain, name, value)
     for name, part in make.PARTS.items():
         monkeypatch.setattr(part, "steps", 2 if part.steps else 0)
-    few = {name: (share, 9, seed, kinds) for name, (share, _, seed, kinds) in make.DATA.items()}
-    monkeypatch.setattr(make, "DATA", few)
+    for group in ("DATA", "MORE"):
+        sets = getattr(make, group).items()
+        few = {name: (share, 9, seed, kinds) for name, (share, _, seed, kinds) in sets}
+        monkeypatch.setattr(make, group, few)
     monkeypatch.setattr(make, "HELD_OUT", {"seed-9": (9, 6)})
     for name in make.PARTS:
         assert not make.run_part(tmp_path, name), name

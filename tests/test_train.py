@@ -772,12 +772,22 @@ def test_killed_runs_go_on_bit_for_bit(arguments, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_writes_a_checkpoint_first(arguments, out, tmp_path, number, code):
-    """Ctrl-C, or a cluster that wants its machine back, must not cost the steps since the last."""
+    """Ctrl-C, a cluster that wants its machine back, or a terminal that closes must not cost the
+    steps since the last checkpoint.
+    """
     common = [*MIXED, "--save-every", 1000]
     command = [sys.executable, train.__file__, *arguments(2, *common, "--steps", 10**6)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # the tests may run under nohup
+    )
     log = out / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) > 2):
         time.sleep(0.01)
@@ -790,6 +800,16 @@ def test_a_signal_writes_a_checkpoint_first(arguments, out, tmp_path, number, co
     assert train.main(arguments(2, *common, "--steps", count + 2)) == 0
     assert train.main(arguments(2, *common, "--steps", count + 2, out=whole)) == 0
     assert metrics(out) == metrics(whole) and same(result(out), result(whole))
+
+
+def test_under_nohup_training_outlives_the_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.stop_signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert not signals
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

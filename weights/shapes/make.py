@@ -36,6 +36,12 @@ DATA = {
     "clips": (1, 3000, 3, ()),
     "hard-clips": (1, 7000, 4, ("hybrid", "swap", "style", "hybrid", "style", "ref_swap", "swap")),
 }
+# Fresh ones for "longer", which would learn the first by heart.
+ONE_PART = ("style", "swap", "remove", "tone", "color")
+MORE = {
+    "more-images": (0, 36000, 5, [kind for one in ONE_PART for kind in ("hybrid", one)]),
+    "more-clips": (1, 12000, 6, ["hybrid", "style", "hybrid", "swap", "style", "hybrid", "color"]),
+}
 # name: (seed, cases) of the scores: the usual ones, and fresh ones
 HELD_OUT = {"seed-9": (9, 450), "seed-19": (19, 450)}
 CONFIG = {
@@ -76,19 +82,20 @@ PARTS = {
     "data": Part(11, ("mllm",)),  # not earlier: from bank to dit takes longest
     "instruct": Part(47, ("mllm",), 6000),
     "latents": Part(16, ("mllm", "dit", "data")),
+    "more": Part(14, ("latents",)),
     "stage1": Part(4, ("instruct", "latents"), 800, 2),
     "stage2": Part(12, ("stage1",), 1600, 2),
     "stage3": Part(140, ("stage2",), 20000, 2),
     "score-stage3": Part(11, ("stage3",), 0, 2),
-    "longer": Part(315, ("stage3",), 45000, 2),
+    "longer": Part(315, ("stage3", "more"), 45000, 2),
     "score-longer": Part(11, ("longer",), 0, 2),
 }
-# name: (stage of train.py, the part whose result it starts from)
+# name: (stage of train.py, the part whose result it starts from, datasets)
 STAGES = {
-    "stage1": (1, None),
-    "stage2": (2, "stage1"),
-    "stage3": (3, "stage2"),
-    "longer": (3, "stage3"),
+    "stage1": (1, None, ("images", "hard-images")),
+    "stage2": (2, "stage1", DATA),
+    "stage3": (3, "stage2", DATA),
+    "longer": (3, "stage3", (*DATA, *MORE)),
 }
 
 
@@ -108,13 +115,20 @@ def bank(out):
     pretrain.bank(out / "base")
 
 
+def draw(out, datasets):
+    """The edits of datasets to train on."""
+    import world
+
+    for name, (video_share, count, seed, kinds) in datasets.items():
+        if not (out / "data" / name / "data.jsonl").exists():
+            world.make(out / "data" / name, count, video_share, seed, kinds=kinds or world.KINDS)
+
+
 def data(out):
     """The edits to train on, and those to be scored on, whose combinations training never has."""
     import world
 
-    for name, (video_share, count, seed, kinds) in DATA.items():
-        if not (out / "data" / name / "data.jsonl").exists():
-            world.make(out / "data" / name, count, video_share, seed, kinds=kinds or world.KINDS)
+    draw(out, DATA)
     for name, (seed, count) in HELD_OUT.items():
         if not (out / "data" / name / "data.jsonl").exists():
             world.make(out / "data" / name, count, 0.34, seed, split="heldout")
@@ -122,7 +136,7 @@ def data(out):
 
 def command_line(out, name):
     """The command line of train.py for a part."""
-    number, before = STAGES[name]
+    number, before, datasets = STAGES[name]
     values = {
         "stage": number,
         "weights": out / "base",
@@ -144,8 +158,7 @@ def command_line(out, name):
         values |= {"muon-lr": 0.02, "change-weight": 8, "video-share": 0.4}
     if number == 3:
         values["schedule"] = "linear"
-    folders = ("images", "hard-images") if number == 1 else DATA
-    line = ["--data", *(out / "data" / folder / "data.jsonl" for folder in folders)]
+    line = ["--data", *(out / "data" / dataset / "data.jsonl" for dataset in datasets)]
     for key, value in values.items():
         line += [f"--{key}", value]
     if number == 1:
@@ -153,8 +166,8 @@ def command_line(out, name):
     return [*map(str, line)]
 
 
-def latents(out):
-    """The latents of all sources and targets, for the stages.
+def encode(out, datasets):
+    """The latents of all sources and targets of datasets, for the stages.
 
     Source and target are encoded as one batch: PyTorch is four times slower with one small clip.
     """
@@ -165,6 +178,7 @@ def latents(out):
     from vae import to_video
 
     args = train.settings(command_line(out, "stage2"))
+    args.data = [out / "data" / name / "data.jsonl" for name in datasets]
     train.complete(args)
     args.start = None
     model = train.build_model(args)
@@ -177,6 +191,17 @@ def latents(out):
             z = model.vae.encode(torch.cat([to_video(p.frames, like=stem) for p in new]))
             for picture, latent in zip(new, z.split(1)):
                 cache.store(picture, latent)
+
+
+def latents(out):
+    """The latents of the edits to train on."""
+    encode(out, DATA)
+
+
+def more(out):
+    """Further edits to train on, and their latents."""
+    draw(out, MORE)
+    encode(out, MORE)
 
 
 def stage(out, name):
@@ -237,7 +262,7 @@ def run_part(out, name):
             return stage(out, name)
         if name.startswith("score-"):
             return scores(out, name.removeprefix("score-"))
-        own = {"bank": bank, "data": data, "latents": latents, "ship": ship}
+        own = {"bank": bank, "data": data, "latents": latents, "more": more, "ship": ship}
         return own[name](out) if name in own else base(out, name)
 
 
