@@ -70,19 +70,19 @@ class Part:
 
 PARTS = {
     "tokenizer": Part(1, ()),
-    "bank": Part(2, ()),
+    "bank": Part(1, ()),
     # Eyes first, then words, then what edits lead to.
-    "vision": Part(15, ("tokenizer", "bank"), 550),
-    "mllm": Part(30, ("vision",), 3450),
+    "vision": Part(6, ("tokenizer", "bank"), 550),
+    "mllm": Part(39, ("vision",), 3450),
     # Refined at once: whatever is trained on latents has to start again when they change.
-    "vae": Part(25, ("bank",), 2800),
-    "refine": Part(36, ("vae",), 2400),
-    "decoder": Part(13, ("refine",), 1900),
-    "dit": Part(13, ("decoder", "tokenizer"), 2600),
-    "data": Part(11, ("mllm",)),  # not earlier: from bank to dit takes longest
-    "instruct": Part(47, ("mllm",), 6000),
-    "latents": Part(16, ("mllm", "dit", "data")),
-    "more": Part(14, ("latents",)),
+    "vae": Part(24, ("bank",), 2800),
+    "refine": Part(21, ("vae",), 2400),
+    "decoder": Part(12, ("refine",), 1900),
+    "dit": Part(14, ("decoder", "tokenizer"), 2600),
+    "data": Part(2, ("mllm",)),  # not earlier: from bank to dit takes longest
+    "instruct": Part(49, ("mllm",), 10000),
+    "latents": Part(15, ("mllm", "dit", "data")),
+    "more": Part(12, ("latents",)),
     "stage1": Part(4, ("instruct", "latents"), 800, 2),
     "stage2": Part(12, ("stage1",), 1600, 2),
     "stage3": Part(140, ("stage2",), 20000, 2),
