@@ -158,6 +158,8 @@ def command_line(out, name):
         values |= {"muon-lr": 0.02, "change-weight": 8, "video-share": 0.4}
     if number == 3:
         values["schedule"] = "linear"
+    if name == "longer":  # the full rates undo more of what the first decay has settled
+        values |= {"lr": 5e-4, "muon-lr": 0.01}
     line = ["--data", *(out / "data" / dataset / "data.jsonl" for dataset in datasets)]
     for key, value in values.items():
         line += [f"--{key}", value]
