@@ -82,7 +82,7 @@ PARTS = {
     "data": Part(2, ("mllm",)),  # not earlier: from bank to dit takes longest
     "instruct": Part(49, ("mllm",), 10000),
     "latents": Part(15, ("mllm", "dit", "data")),
-    "more": Part(12, ("latents",)),
+    "more": Part(14, ("latents",)),
     "stage1": Part(4, ("instruct", "latents"), 800, 2),
     "stage2": Part(12, ("stage1",), 1600, 2),
     "stage3": Part(140, ("stage2",), 20000, 2),
