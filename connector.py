@@ -12,8 +12,8 @@ What is unusual, compared with other editors built on a multimodal LLM (paper, s
 - The connector's output replaces Wan's T5 embeddings. It still passes through Wan's own
   `text_embedding`.
 
-Letters: B batch, T frames, F latent frames = 1 + (T-1)/4, H W pixels, h w = H/8 W/8, L prompt
-tokens, Q queries, D width of the MLLM.
+Letters: B batch, T frames, F latent frames = 1 + (T-1)/4, H W pixels, h w = H/8 W/8 (of the small
+model that ships 1 + (T-1)/2 and H/4 W/4), L prompt tokens, Q queries, D width of the MLLM.
 
     python connector.py [FOLDER]     # contents of a weights folder, and shapes of an edit
 """
@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 import dit as dit_module
 import mllm as mllm_module
 import vae as vae_module
-from dit import PatchEmbedding, WanDiT
+from dit import PatchEmbedding, WanDiT, read_json
 from mllm import Processor, Qwen2_5_VL, add_lora, load_lora, lora_state_dict, to_pil
 from sampler import FlowSampler, guided
 from vae import WanVAE, to_frames, to_video
@@ -67,7 +67,7 @@ class InstructXConfig:
     guidance: float = 5.0
     shift: float = 5.0
     solver: str = "unipc"
-    area: int = 0  # pixels of the training pictures; edit.py works at this size; 0: any size
+    area: int = 0  # of the largest training pictures; edit.py works at this size; 0: any size
     max_references: int = 99
 
     # Differences in Kiwi-Edit, whose weights are public.
@@ -113,7 +113,7 @@ class Connector(nn.Module):
         return self
 
     def queries(self, is_video, has_reference=False):
-        """(Q, D) inputs of the MLLM after the last prompt token, at the positions of text there."""
+        """(Q, D) inputs of the MLLM. They follow the last prompt token, which opens its answer."""
         if has_reference and self.reference_queries is not None:
             return self.reference_queries
         return self.video_queries if is_video else self.image_queries
@@ -139,7 +139,7 @@ class InstructX(nn.Module):
         self.config, self.processor, self.trained = config, processor, trained
         self.mllm, self.connector, self.dit, self.vae = mllm, connector, dit, vae
         if not config.text_embedding:
-            self.dit.text_embedding = nn.Identity()
+            self.dit.remove_text_embedding()
 
     @torch.inference_mode()
     def edit(
@@ -176,8 +176,8 @@ class InstructX(nn.Module):
             start: uint8 (t, H, W, 3), the first frames of the result where they are known, as in
                 a window of a longer clip. The rest goes on from them. t is 1 + a multiple of the
                 VAE's stride in time, 4.
-            watch: called in each step with frame 0 of the result as the model then expects it,
-                uint8 (H, W, 3). Each takes the time of decoding an image.
+            watch: called in each step with the result as the model then expects it: latents
+                (1, 16, F, h, w), for `decode`.
 
         Returns an image for an image, an array for an array. Raises ValueError for unusable
         arguments, FloatingPointError for NaN or infinity.
@@ -214,13 +214,10 @@ class InstructX(nn.Module):
         source, *references = latents
         report("encode", len(latents), len(latents))
 
-        def watch_estimate(x):
-            watch(next(self.decode(x, frames.shape))[0])
-
         report("denoise", 0, steps)
         known = None if start is None else self.encode(start)                 # (1, 16, f, h, w)
-        sampling = steps, guidance, seed, progress, known, watch and watch_estimate
-        z = self.sample(context, source.shape, source, references, *sampling)
+        settings = steps, guidance, seed, progress, known, watch
+        z = self.sample(context, source.shape, source, references, *settings)
         check_finite(z, "result")                                             # (1, 16, F, h, w)
 
         report("decode", 0, len(frames))
@@ -252,7 +249,7 @@ class InstructX(nn.Module):
         )
         if len(frames) == 1 and not (references and config.reference_queries):
             return show(image=frames[0])
-        count = min(len(frames), self.config.mllm_frames)
+        count = min(len(frames), config.mllm_frames)
         sampled = np.linspace(0, len(frames) - 1, count).round().astype(int)
         rate = fps * (count - 1) / max(1, len(frames) - 1)  # of the sampled frames
         return show(
@@ -277,7 +274,7 @@ class InstructX(nn.Module):
     # Three details of Kiwi-Edit. InstructX has none of them.
 
     def has_reference(self, inputs):
-        """With a reference, Kiwi-Edit shows the source as a video even if it is one frame."""
+        """Whether Kiwi-Edit's prompt has a reference: it alone is an image beside a video."""
         has_image_and_video = {"pixel_values", "pixel_values_videos"} <= inputs.keys()
         return self.config.reference_queries > 0 and has_image_and_video
 
@@ -398,7 +395,7 @@ class InstructX(nn.Module):
         dtype=None,
         instructx=None,
         offload=False,
-        quantize=None,
+        quantize=False,
         **settings,
     ):
         """Loads all models from one folder (layout: weights/README.md).
@@ -409,7 +406,8 @@ class InstructX(nn.Module):
                 would be visible.
             instructx: folder from save_pretrained, used instead of the one in `folder`.
             offload: keeps the blocks of MLLM and DiT in their files (see `offload_blocks`).
-            quantize: torch.int8 rounds the DiT's matrices (see `quantize_blocks`).
+            quantize: rounds the DiT's matrices to int8 (see `quantize_blocks`). They are in memory
+                with `offload`, too.
             settings: fields of InstructXConfig that override config.json.
 
         Raises FileNotFoundError for a missing model, ValueError for a checkpoint that does not
@@ -417,7 +415,7 @@ class InstructX(nn.Module):
         """
         folders = locate(folder, instructx)
         check_configs(folders)
-        dit_blocks = not offload and quantize is None
+        dit_blocks = not (offload or quantize)
         mllm = Qwen2_5_VL.from_pretrained(
             folders["mllm"], device, dtype, blocks=not offload, config=folders.get("mllm_config")
         )
@@ -426,14 +424,13 @@ class InstructX(nn.Module):
         processor = Processor.from_pretrained(folders.get("processor", folders["mllm"]))
         check_processor(processor, mllm.config, folders["mllm"])
         is_kiwi = "mllm_config" in folders
-        if "instructx" in folders:
-            config = read_config(folders["instructx"] / "config.json")
-        elif is_kiwi:
-            config = read_kiwi_config(folders["mllm"])
-        else:
+        if not is_kiwi and "instructx" not in folders:
             model = cls.untrained(mllm, processor, dit, vae, **settings)
-            config = None
-        if config is not None:
+        else:
+            if "instructx" in folders:
+                config = read_config(folders["instructx"] / "config.json")
+            else:
+                config = read_kiwi_config(folders["mllm"])
             config = replace(config, **settings)
             try:
                 with torch.device("meta"):
@@ -451,7 +448,7 @@ class InstructX(nn.Module):
             if is_kiwi and dit.source_embedding is None:  # a trained DiT has its own
                 model.load_kiwi_embeddings(folders["mllm"].parent, device, dtype)
         read_dit = partial(dit_block, folders["dit"], dtype)
-        if quantize is not None:
+        if quantize:
             quantize_blocks(model.dit, read_dit, device)
         elif offload:
             offload_blocks(model.dit.blocks, read_dit, device)
@@ -516,7 +513,8 @@ class InstructX(nn.Module):
             embedder = folder / f"{name}_embedder"
             for file in (embedder / KIWI_FILE, embedder / "config.json"):
                 if not file.is_file():
-                    raise FileNotFoundError(f"{file} is missing; the DiT sees the {pictures} by it")
+                    purpose = f"the DiT sees the {pictures} through it"
+                    raise FileNotFoundError(f"{file} is missing; {purpose}")
             with torch.device("meta"):
                 embedding = PatchEmbedding(self.dit.config)
             tensors = read_safetensors(embedder / KIWI_FILE, device, dtype)
@@ -524,15 +522,16 @@ class InstructX(nn.Module):
             load_strictly(embedding, tensors, embedder / KIWI_FILE)
             setattr(self.dit, f"{pictures}_embedding", embedding)
             flags[f"{pictures}_embedding"] = True
-            flags["references_first"] = bool(
-                read_json(embedder / "config.json").get("ref_pad_first")
-            )
+            if name == "ref":
+                settings = read_json(embedder / "config.json")
+                flags["references_first"] = bool(settings.get("ref_pad_first"))
         self.dit.config = replace(self.dit.config, **flags)
 
     def save_pretrained(self, folder, dit=False, mllm=False, dtype=None):
         """Writes an `instructx` folder: config.json and model.safetensors.
 
         `dit` and `mllm` add these models to it. They then replace the official ones on loading.
+        `dtype` is that of connector, LoRA and DiT in the files. None keeps theirs.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -562,8 +561,9 @@ def read_safetensors(file, device, dtype):
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.itemsize < 2:  # 8 bits come with scales
-            raise ValueError(f"{file}: {name} is {tensor.dtype}; it should be float")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            known = "float32, bfloat16 or float16"
+            raise ValueError(f"{file}: {name} is {tensor.dtype}; it should be {known}")
     return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
 
 
@@ -736,7 +736,7 @@ def check_processor(processor, config, folder):
 def check_types(config, file):
     """Raises ValueError for a type that differs from the default's, and for numbers below 0.
 
-    Sizes are 1 or more, but for two which may be 0 for none.
+    What is named dim or size is 1 or more, but for two, where 0 means none.
     """
     for field in fields(config):
         is_size = field.name.endswith(("dim", "size"))
@@ -769,6 +769,7 @@ CLASSES = {
 def locate(folder, instructx=None):
     """Paths of the models: {"mllm", "dit", "vae" and, after training, "instructx": path}.
 
+    Kiwi-Edit has two more, "processor" and "mllm_config".
     Folders named mllm, dit, vae and instructx come first. Otherwise config.json identifies the
     model of a folder, so the official downloads can lie side by side unchanged. The VAE may be a
     file Wan2.?_VAE.*. `instructx` replaces the one in `folder`. Raises FileNotFoundError for a
@@ -776,7 +777,8 @@ def locate(folder, instructx=None):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; it should hold mllm/, dit/ and vae/")
+        problem = "does not exist, or is no folder"
+        raise FileNotFoundError(f"{folder} {problem}; it should hold mllm/, dit/ and vae/")
     if (folder / "config.json").is_file() and "hidden_dim" in read_json(folder / "config.json"):
         raise ValueError(
             f"{folder} is what training wrote (instructx/); name it by --instructx, and "
@@ -825,14 +827,6 @@ def locate(folder, instructx=None):
     return folders
 
 
-def read_json(file):
-    """Reads the object in a JSON file. Raises ValueError with the file's name."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from None
-
-
 # Machines. These functions change loaded models from outside; no forward mentions them.
 
 
@@ -849,7 +843,7 @@ def compile_blocks(blocks):
 def recompute_blocks(blocks):
     """Gradient checkpointing: a block keeps only its input and runs again in the backward pass.
 
-    Training takes less memory and a third longer.
+    Training takes less memory and a third more time.
     """
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -886,7 +880,7 @@ def offload_blocks(blocks, read, device):
 
     def fetch(i, ready):
         buffer = buffers[i % 2]
-        with torch.cuda.stream(stream):  # in parallel to the GPU's work; a no-op on the CPU
+        with torch.cuda.stream(stream):  # in parallel with the GPU's work; a no-op on the CPU
             if ready:
                 stream.wait_event(ready)  # until the block that used this buffer is done
             for name, (tensor, dtype) in read(i).items():
@@ -953,22 +947,24 @@ def quantize_blocks(dit, read, device):
 def tile(vae, side):
     """Makes the VAE process overlapping squares of `side` pixels, one after the other.
 
-    Apart from the result, memory no longer grows with the picture. The result changes a little:
-    convolutions see zeros beyond the border of a tile, and attention sees one tile only.
+    `side` is rounded down to whole latents, of which a tile has 4 or more. Apart from the result,
+    memory no longer grows with height and width. A clip is decoded in one piece. The result changes
+    a little: convolutions see zeros beyond the border of a tile, and attention sees one tile only.
     """
     stride = vae.spatial_stride
+    latents = max(side // stride, 4)
     encode, decode_stream = vae.encode, vae.decode_stream
 
-    def decode(z):
-        return torch.cat(list(decode_stream(z)), dim=2)
+    def encode_tiles(video, chunk=1):
+        return in_tiles(partial(encode, chunk=chunk), video, latents * stride, stride, 1 / stride)
 
     def decode_tiles(z, chunk=1):
-        yield in_tiles(decode, z, max(side // stride, 4), 1, stride)
+        def decode(part):
+            return torch.cat(list(decode_stream(part, chunk)), dim=2)
 
-    vae.encode = lambda video: in_tiles(
-        encode, video, max(side // stride, 4) * stride, stride, 1 / stride
-    )
-    vae.decode_stream = decode_tiles
+        yield in_tiles(decode, z, latents, 1, stride)
+
+    vae.encode, vae.decode_stream = encode_tiles, decode_tiles
 
 
 def in_tiles(run, x, side, multiple, scale):

@@ -3,14 +3,15 @@
 A transformer over the latent patches of all frames at once, after the official
 wan/modules/model.py. A block has self-attention with rotary positions in time, height and width,
 cross-attention to the instruction, and a feed-forward layer. The timestep modulates it. InstructX
-(arXiv 2510.08485, section 3.2) replaces the text by the connector's output, adds the latents of
+(arXiv 2510.08485, section 3.1) replaces the text by the connector's output, adds the latents of
 the source to the noisy ones, and appends the latents of the references to the sequence.
 
 What is unusual:
 - One projection of the time embedding serves all blocks. Each block adds a small table of its own.
 - Queries and keys are normalised over the whole width, before it is split into heads.
 - A reference counts as one more frame after the last one. It has its own grid, so its size may
-  differ from that of the source. Its tokens are dropped before the head.
+  differ from that of the source. Rows and columns start at 0 again: only time tells its tokens from
+  those of z. They are clean, yet modulated by the same t, and are dropped before the head.
 - `condition` runs once per edit. It embeds context, source and references, and computes the rotary
   tables. `denoise` runs once per step. It embeds z and t, and runs all blocks and the head.
 - The large matrices may have any dtype. The residual stream, norms, rotations, modulation, time
@@ -145,8 +146,8 @@ def sinusoids(t, width):
     """t (B,) -> (B, width) float32: cosines, then sines of t / 10000^(i / half).
 
     For an angle of 1000, float32 keeps few digits after the point, and some devices have no
-    float64. So angles are counted in turns. A whole t times the leading 13 bits of a frequency is
-    exact. Whole turns are removed from this product before the rest is added.
+    float64. So angles are counted in turns. A whole t times the first 13 binary digits of a
+    frequency is exact. Whole turns are removed from this product before the rest is added.
     """
     half = width // 2
     frequencies = 10000.0 ** (-torch.arange(half).double() / half) / (2 * math.pi)  # turns per t
@@ -171,7 +172,7 @@ def rope_table(grid, head_dim, first_frame=0):
     space = 2 * (head_dim // 6)
     angles = []
     for axis, width in enumerate((head_dim - 2 * space, space, space)):
-        frequencies = 10000.0 ** (-torch.arange(0, width, 2).double() / max(width, 1))
+        frequencies = 10000.0 ** (-torch.arange(0, width, 2).double() / width)
         angles.append(positions[:, axis, None] * frequencies)
     angles = torch.cat(angles, dim=1)[:, None]  # (L, 1, d/2)
     return angles.cos().float(), angles.sin().float()
@@ -237,11 +238,11 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
-    def forward(self, x, t_projection, context, cos, sin):
+    def forward(self, x, t_projection, context, rope):
         """x (B, L+R, D) and t_projection (B, 6, D) float32, context (B, Q, D) -> like x."""
         modulation = (self.modulation.float() + t_projection).chunk(6, dim=1)  # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.self_attn(modulate(self.norm1(x), shift1, scale1), rope=(cos, sin))
+        x = x + gate1 * self.self_attn(modulate(self.norm1(x), shift1, scale1), rope=rope)
         x = x + self.cross_attn(self.norm3(x), context)
         return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2))
 
@@ -298,7 +299,7 @@ class WanDiT(nn.Module):
         self.head = Head(config)
 
     def forward(self, z, t, context, source=None, references=()):
-        """One training step: `condition`, then `denoise`."""
+        """`condition`, then `denoise`: one velocity, as in training. Arguments are theirs."""
         return self.denoise(z, t, self.condition(context, z.shape, source, references))
 
     def denoise(self, z, t, condition):
@@ -313,7 +314,7 @@ class WanDiT(nn.Module):
         t_embedding = self.time_embedding(sinusoids(t, self.config.freq_dim))      # (B, D)
         t_projection = self.time_projection(t_embedding).unflatten(1, (6, -1))     # (B, 6, D)
         for block in self.blocks:
-            x = block(x, t_projection, condition.context, *condition.rope)         # (B, L+R, D)
+            x = block(x, t_projection, condition.context, condition.rope)          # (B, L+R, D)
         v = self.head(x[:, :L], t_embedding)                                       # (B, L, pqrC)
         v = unpatchify(v, self.grid(z.shape), self.config.patch_size)              # (B, C, F, h, w)
         return v.type_as(z)
@@ -322,7 +323,7 @@ class WanDiT(nn.Module):
         """Computes the inputs that all steps of an edit share; none depends on z or t.
 
         Args:
-            context: (B, Q, text_dim), from the connector. With guidance B is 2.
+            context: (B, Q, text_dim), or (B, Q, D) without text_embedding. With guidance B is 2.
             shape: shape of z, (B, C, F, h, w).
             source: None or latents (B or 1, C, F, h, w), on the grid of z.
             references: latents (B or 1, C, 1, h', w') of any sizes.
@@ -350,9 +351,10 @@ class WanDiT(nn.Module):
         )
 
     def embed_source(self, source):
-        """Tokens of the source, without the bias, which the tokens of z already contain.
+        """Tokens of the source, to be added to those of z.
 
-        A patch embedding is linear, so adding these tokens is the same as adding latents.
+        Without an embedding of its own, the source takes that of z, but without the bias, which the
+        tokens of z already contain. This is linear, so adding tokens is adding latents.
         """
         if self.source_embedding is None:
             return self.patch_embedding(source, use_bias=False)
@@ -368,6 +370,11 @@ class WanDiT(nn.Module):
             if self.config.source_bias:
                 self.source_embedding.bias = nn.Parameter(torch.zeros_like(weight[:, 0, 0, 0, 0]))
             self.config = replace(self.config, source_embedding=True)
+
+    def remove_text_embedding(self):
+        """Takes the context as it is, D wide."""
+        self.text_embedding = nn.Identity()
+        self.config = replace(self.config, text_dim=0)
 
     def grid(self, shape):
         """(f, h, w) of the tokens of latents (B, C, F, h, w)."""
@@ -401,7 +408,7 @@ class WanDiT(nn.Module):
         """
         tensors = read_tensors(path)
         config = read_config(path)
-        if config.num_layers > len(tensors):
+        if config.num_layers > len(tensors):  # a damaged config could ask for a million layers
             raise ValueError(f"{path} has too few tensors for {config.num_layers} layers")
         for name, tensor in tensors.items():  # one by one: never two copies of the model
             home = device if blocks or not name.startswith("blocks.") else "meta"
@@ -415,13 +422,14 @@ class WanDiT(nn.Module):
         return model
 
     def save_pretrained(self, folder, dtype=None):
-        """Writes config.json and model.safetensors under the official names."""
+        """Writes config.json and model.safetensors under the official names.
+
+        `dtype` as in `from_pretrained`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"_class_name": "WanModel", "model_type": "t2v", "text_len": 512}
         config |= asdict(self.config)
-        if isinstance(self.text_embedding, nn.Identity):
-            config["text_dim"] = 0
         tensors = {}
         for name, tensor in self.state_dict().items():
             stored = stored_dtype(name, tensor.dtype, dtype)
@@ -466,7 +474,7 @@ RENAMES = {
 
 
 def official_name(name):
-    """Official names stay unchanged: none of them contains a key of RENAMES."""
+    """The official name of a tensor. Official names contain no key of RENAMES, and stay."""
     for theirs, official in RENAMES.items():
         name = name.replace(theirs, official)
     return name
@@ -483,7 +491,7 @@ def check_shapes(dit, context, shape, source, references):
     """Raises ValueError for shapes that do not fit each other."""
     B, C, *size = shape
     patch = dit.config.patch_size
-    width = dit.config.dim if isinstance(dit.text_embedding, nn.Identity) else dit.config.text_dim
+    width = dit.config.text_dim or dit.config.dim
     divisible = len(size) == 3 and all(length and not length % p for length, p in zip(size, patch))
     if C != dit.config.in_dim or not divisible:
         raise ValueError(
@@ -493,17 +501,13 @@ def check_shapes(dit, context, shape, source, references):
         raise ValueError(f"context is {tuple(context.shape)}, not ({B}, Q, {width})")
     if source is not None and tuple(source.shape) not in (tuple(shape), (1, C, *size)):
         raise ValueError(f"source is {tuple(source.shape)}, not like z, {tuple(shape)}")
-    for z in references:
-        divisible = all(length and not length % p for length, p in zip(z.shape[3:], patch[1:]))
-        if (
-            z.ndim != 5
-            or z.shape[0] not in (1, B)
-            or z.shape[1:3] != (C, patch[0])
-            or not divisible
-        ):
-            raise ValueError(
-                f"a reference is {tuple(z.shape)}, not one frame ({B} or 1, {C}, 1, h, w)"
-            )
+    for reference in references:
+        batch, *front = reference.shape[:3]
+        sides = zip(reference.shape[3:], patch[1:])
+        divisible = all(length and not length % p for length, p in sides)
+        if reference.ndim != 5 or batch not in (1, B) or front != [C, patch[0]] or not divisible:
+            shape = tuple(reference.shape)
+            raise ValueError(f"a reference is {shape}, not one frame ({B} or 1, {C}, 1, h, w)")
 
 
 def checkpoint_files(path):
@@ -571,7 +575,8 @@ def read_tensors(path, prefix=""):
             raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{path}: {name} is {tensor.dtype}; it should be float")
+            known = "float32, bfloat16 or float16"
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; it should be {known}")
     return tensors
 
 
@@ -593,8 +598,9 @@ def main():
     for name, config in PRESETS.items():
         with torch.device("meta"):
             parameters = sum(p.numel() for p in WanDiT(config).parameters())
-        tflop = step_flops(config, 21 * 30 * 52, 512) / 1e12
-        print(f"{name:>20} {parameters / 1e6:14,.1f} {21 * 30 * 52:9,} {tflop:9,.1f}")
+        tokens = 21 * (15 * 26 if name == "5B" else 30 * 52)  # its VAE halves the sides once more
+        tflop = step_flops(config, tokens, 512) / 1e12
+        print(f"{name:>20} {parameters / 1e6:14,.1f} {tokens:9,} {tflop:9,.1f}")
     try:
         model = WanDiT.from_pretrained(args.folder) if args.folder else WanDiT(PRESETS["tiny"])
     except (ValueError, OSError) as error:

@@ -105,7 +105,8 @@ LONGEST = 3600  # seconds of a frame; more is a damaged time stamp, for which MP
 LEAD_IN = 0.1  # seconds of sound that are kept before the first frame, since decoders need them
 TECHNICAL_TITLES = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration"}
 SMALLEST = 16  # pixels a side
-LARGEST = 8191  # pixels a side; WebP holds twice as many, which --compare needs
+LARGEST = 8191  # pixels a side
+LARGEST_WEBP = 16383  # pixels a side that the format has room for
 LARGEST_AREA = 4096 * 4096
 MOST_NARROW = 200  # the MLLM takes sides of less than 200 to 1
 REPORT_EVERY = 10  # seconds, where stderr is no terminal
@@ -331,7 +332,7 @@ def decode(container, track):
         decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
     for packet in container.demux(track):
         if not packet.size and packet.dts is not None:
-            continue  # without a time stamp it would be the end
+            continue  # an empty packet; only one without a time stamp ends the clip
         try:
             yield from decoder.decode(packet)
         except av.FFmpegError:
@@ -566,7 +567,10 @@ def read_frames(path, limit=None, size=None, kept=None):
 
 
 def each_frame(path, size=None):
-    """Yields the frames of a clip, uint8 (H, W, 3), one by one. Arguments and errors as above."""
+    """Yields the frames of a clip, uint8 (H, W, 3), one by one. `path` is a Path.
+
+    `size` and errors as for `read_frames`.
+    """
     if path.is_dir():
         yield from (read_frames(file, 1, size).frames[0] for file in frame_files(path))
         return
@@ -586,7 +590,7 @@ def each_frame(path, size=None):
 def whole(path):
     """Gives a temporary path beside `path`, which takes its name if all goes well.
 
-    Whoever writes it, the file gets the permissions of a new file. A link is followed.
+    The file gets the permissions of a new file, whatever writes it. A link is followed.
     """
     target = Path(os.path.realpath(path))
     name = zlib.crc32(os.fsencode(target.name))  # short, whatever the name
@@ -625,6 +629,16 @@ def without_white(frame, alpha):
     return np.dstack([color.round().clip(0, 255).astype(np.uint8), alpha])
 
 
+def alpha_for(suffix, source, note):
+    """The transparency of a Media as a format takes it: uint8 (T, H, W), or None."""
+    if source.alpha is not None and suffix not in TRANSPARENT_CLIP_OPTIONS:
+        note(f"{suffix} cannot be transparent here; the result lies on white")
+        return None
+    if source.alpha is not None and suffix == ".gif":  # which has no half transparent pixels
+        return np.where(source.alpha < 128, np.uint8(0), np.uint8(255))
+    return source.alpha
+
+
 @contextlib.contextmanager
 def image_writer(path, source=None, note=lambda text: None):
     """Gives write(frame) for an image, as the extension says; arguments as for `clip_writer`."""
@@ -637,23 +651,18 @@ def image_writer(path, source=None, note=lambda text: None):
     except Exception:  # a JPEG has room for 64 KB
         note(f"{suffix} has no room for the EXIF of {source.path}, which is left out")
         options.pop("exif", None)
+    alphas = alpha_for(suffix, source, note)
     with whole(path) as unfinished:
 
         def write(frame):
-            if source.alpha is not None and suffix in (".png", ".webp"):
-                frame = without_white(frame, source.alpha[0])
+            if alphas is not None:
+                frame = without_white(frame, alphas[0])
             image = Image.fromarray(frame)
             if suffix == ".gif" and "icc_profile" in source.profile:
                 image = to_srgb(image, source.profile["icc_profile"])
             image.save(unfinished, **options)
 
         yield write
-
-
-def write_image(path, frame, source=None):
-    """Writes uint8 (H, W, 3); arguments and errors as for `clip_writer`."""
-    with image_writer(path, source) as write:
-        write(frame)
 
 
 @contextlib.contextmanager
@@ -671,8 +680,8 @@ def closing(container):
 def schedule(suffix, length, fps, times):
     """When frames are shown -> (tick in seconds, [ticks of each frame and of the end]).
 
-    A GIF counts in hundredths of a second, and browsers show one of them as ten: if frames are
-    closer than two, those that fall on the same time are left out.
+    A GIF counts in hundredths of a second, and browsers play one of them as ten. So it shows at
+    most 50 frames per second, and those that would share a time are left out.
     """
     times = times[: length + 1] or [i / fps for i in range(length + 1)]
     gaps = {later - earlier for earlier, later in itertools.pairwise(times)}
@@ -739,26 +748,12 @@ def encoder_graph(encoder, layout, tick):
     return graph
 
 
-def picture_encoder(container, track, layout, tick, stamps):
-    """-> encode(frame, i), which writes frame i of a clip; a frame of None ends the track."""
-    graph = encoder_graph(track.codec_context, layout, tick)
-    durations = dict(zip(stamps, np.diff(stamps).tolist()))
-
-    def encode(frame, i):
-        if frame is None:
-            pictures = [*pulled(graph, None), None]
-        elif stamps[i] == stamps[i - 1]:  # left out: see `schedule`
-            return
-        else:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
-            picture.pts, picture.time_base = stamps[i], tick
-            pictures = pulled(graph, picture)
-        for picture in pictures:
-            for packet in track.encode(picture):
-                packet.duration = durations.get(packet.pts, 1)
-                container.mux(packet)
-
-    return encode
+def encode(container, track, pictures, durations):
+    """Writes frames, av.VideoFrame, to a track; None ends it. durations: {ticks: ticks}"""
+    for picture in pictures:
+        for packet in track.encode(picture):
+            packet.duration = durations.get(packet.pts, 1)
+            container.mux(packet)
 
 
 def carry(container, source, codecs, end):
@@ -856,9 +851,8 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
     Raises OSError if the file cannot be written.
     """
     suffix, source, length = Path(path).suffix.lower(), source or Media(path, None), shape[0]
-    transparent = source.alpha is not None and suffix in TRANSPARENT_CLIP_OPTIONS
-    if source.alpha is not None and not transparent:
-        note(f"{suffix} cannot be transparent here; the result lies on white")
+    alphas = alpha_for(suffix, source, note)
+    transparent = alphas is not None
     options = (TRANSPARENT_CLIP_OPTIONS if transparent else CLIP_OPTIONS)[suffix]
     fps = Fraction(fps).limit_denominator(100_000)
     tick, stamps = schedule(suffix, length, fps, source.times)
@@ -867,9 +861,7 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
     if len(set(stamps)) <= length:
         note(f"{suffix} shows at most 50 frames per second; some are left out to keep the speed")
     muxing = muxer_options(suffix, source.loop, (stamps[-1] - stamps[-2]) * tick)
-    alphas, opening = source.alpha, {"format": options[0], "container_options": muxing}
-    if transparent and suffix == ".gif":  # which has no half transparent pixels
-        alphas = np.where(alphas < 128, np.uint8(0), np.uint8(255))
+    opening = {"format": options[0], "container_options": muxing}
     try:
         with whole(path) as file, closing(av.open(str(file), "w", **opening)) as container:
             container.flags |= av.container.Flags.bitexact.value  # no version, no random ids
@@ -881,15 +873,21 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                 note(f"{suffix} holds no sound; that of {source.path} is left out")
             container.start_encoding()
             layout = "rgba" if transparent else "rgb24"
-            encode = picture_encoder(container, track, layout, tick, stamps)
+            graph = encoder_graph(track.codec_context, layout, tick)
+            durations = dict(zip(stamps, np.diff(stamps).tolist()))
             numbers = itertools.count()
 
             def write(frame):
                 i = next(numbers)
-                encode(without_white(frame, alphas[i]) if transparent else frame, i)
+                if stamps[i] == stamps[i - 1]:  # left out: see `schedule`
+                    return
+                frame = without_white(frame, alphas[i]) if transparent else frame
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
+                picture.pts, picture.time_base = stamps[i], tick
+                encode(container, track, pulled(graph, picture), durations)
 
             yield write
-            encode(None, None)
+            encode(container, track, [*pulled(graph, None), None], durations)
     except av.FFmpegError as error:
         raise OSError(f"{path} could not be written: {error.strerror}") from None
 
@@ -990,17 +988,22 @@ signals = []  # that should have ended this process
 
 
 def end_after_signals():
-    """C code may swallow a handler's SystemExit, or raise another error in its place."""
+    """Ends the process if a signal came: C code may swallow the handler's SystemExit."""
     if signals:
         sys.exit(128 + signals[0])
+
+
+def is_out_of_memory(error):
+    """Whether an error is Python's or torch's for too little memory."""
+    words = "out of memory|not enough memory|allocate memory"
+    by_torch = isinstance(error, RuntimeError) and re.search(words, str(error))
+    return isinstance(error, MemoryError) or bool(by_torch)
 
 
 def explain(error):
     """What is wrong, and what would be right, in words; None for a fault of the program."""
     end_after_signals()
-    words = "out of memory|not enough memory|allocate memory"  # of torch
-    no_memory = isinstance(error, RuntimeError) and re.search(words, str(error))
-    if no_memory or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "out of memory; a smaller --area or fewer --frames need less"
     return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
 
@@ -1070,10 +1073,9 @@ class Phases:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but for how it reports a mistake."""
+    """argparse that reports a mistake in one line: its own usage page hides what is wrong."""
 
     def error(self, message):
-        """One line and no more: argparse's own usage page hides what is wrong."""
         say(f"{self.prog}: error: {' '.join(message.split())}", sys.stderr)
         self.exit(2)
 
@@ -1113,8 +1115,8 @@ that the same command goes on where it was stopped; delete a result to have it m
 fails is named and costs no other edit. FOLDER/settings.json and .made.jsonl hold what the results
 were made of; other settings, or another row for a result, are refused. Exit code 0: all are there;
 1: some failed. Rows: paths are relative to their file; output is the source's name by default,
-references are those of --ref. With - each row is answered by a line of JSON: output and seconds,
-or error.
+references are those of --ref. With - each row is answered by a line of JSON: output, and seconds
+if it was made, or error.
 
 Formats: {" ".join(IMAGE_OPTIONS)} for an image; {" ".join(CLIP_OPTIONS)}
 for a clip (.png is APNG, lossless). Sides of {SMALLEST} to {LARGEST} pixels, {LARGEST_AREA} in all.
@@ -1161,7 +1163,7 @@ def parse(argv):
     def switch(name, help):
         parser.add_argument(name, action="store_true", help=help)
 
-    configured = "(default: as the weights' config.json says; {} as released)".format
+    configured = "(default: what the weights' config.json says; {} where it says nothing)".format
     help = 'images or videos, and last the instruction, such as "make it night"'
     add("words", "INPUT", str, help, nargs="*")
     help = "the file to write (default: INPUT's name and -edited), or a folder"
@@ -1169,12 +1171,14 @@ def parse(argv):
     help = 'edits as lines of JSON, {"source": "a.png", "instruction": "..."}, and if wanted '
     help += '"references": ["b.png"], "output": "c.png", "seed": 1; - is stdin'
     add("--batch", "FILE", Path, help)
-    help, share = "every N-th of several edits: 0/4, 1/4, 2/4 and 3/4 make all", pair("/", SHARE)
-    add("--shard", "I/N", share, help, default=(0, 1))
+    help = "every N-th of several edits: 0/4, 1/4, 2/4 and 3/4 make all"
+    add("--shard", "I/N", pair("/", SHARE), help, default=(0, 1))
     add("--ref", "IMAGE", Path, "reference image; may be repeated", action="append", default=[])
-    add("--weights", "DIR", Path, "folder (default: weights/shapes)", default=DEFAULT_WEIGHTS)
-    add("--instructx", "DIR", Path, "what train.py wrote, for the instructx/ in the weights folder")
-    add("--steps", "N", number(int, 1, 1000), f"of the sampler {configured(50)}")
+    help = "folder with mllm/, dit/ and vae/ (default: weights/shapes)"
+    add("--weights", "DIR", Path, help, default=DEFAULT_WEIGHTS)
+    help = "instructx/ of train.py's --out, instead of the one in the weights folder"
+    add("--instructx", "DIR", Path, help)
+    add("--steps", "N", number(int, 1, 1000), f"sampling steps {configured(50)}")
     scale = number(float, 1, 100)
     add("--guidance", "G", scale, f"weight of the instruction; 1 is fastest {configured(5)}")
     add("--seed", "N", number(int, 0, 2**63 - 1), "of the noise (default: 0)", default=0)
@@ -1186,8 +1190,9 @@ def parse(argv):
     add("--frames", "N", count, "edit the first N frames of a clip (default: 81)", default=81)
     help = "edit all of a longer clip, in windows of --frames that share N; 1 + a multiple of 4"
     add("--overlap", "N", count, help)
-    switch("--compare", "also write source and result side by side, to FILE's name and _compare")
-    help = "write how the picture comes out of the noise: what the model expects, in six steps"
+    help = "also write source and result side by side, as PATH with _compare before its extension"
+    switch("--compare", help)
+    help = "write a strip of six pictures: what the model expects at six of the steps"
     add("--progress", "FILE", Path, help)
     add("--device", "NAME", str, "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     help = "float32 or bfloat16, for all but the VAE (default: bfloat16 on CUDA, else float32)"
@@ -1224,13 +1229,12 @@ def check_arguments(args):
         raise ValueError(f"there is no file {args.batch}; what comes through a pipe: --batch -")
     if args.many and not args.output:
         raise ValueError("several edits need -o FOLDER; the instruction stands in quotes")
-    is_new = args.many and not args.output.is_dir()
-    known = {*IMAGE_OPTIONS, *CLIP_OPTIONS}
-    if is_new and (args.output.is_file() or args.output.suffix.lower() in known):
-        raise ValueError(f"{args.output} is no folder; several edits need one")
+    if args.many and not args.output.is_dir():
+        if args.output.exists() or args.output.suffix.lower() in {*IMAGE_OPTIONS, *CLIP_OPTIONS}:
+            raise ValueError(f"{args.output} is no folder; several edits need one")
     wide = (".png", ".jpg", ".jpeg")  # a WebP has no room for six large pictures
     if args.progress and (args.many or args.progress.suffix.lower() not in wide):
-        raise ValueError(f"--progress {args.progress}: a picture, such as steps.png, of one edit")
+        raise ValueError(f"--progress {args.progress}: name one .png or .jpg, for one edit")
     lengths = args.frames, args.overlap
     if args.overlap and not (args.overlap < args.frames and {n % 4 for n in lengths} == {1}):
         rule = "each is 1 + a multiple of 4, and windows are longer than what they share"
@@ -1276,7 +1280,7 @@ class Job:
 def working_size(width, height, area):
     """The size at which a picture is edited: its own, or inside `area` pixels if it is larger.
 
-    Then the sides are multiples of what the models take, so that nothing is padded.
+    Its sides are then multiples of 32, so that nothing is padded, or of 8 if it is small.
     """
     if not area or width * height <= area:
         return width, height
@@ -1328,7 +1332,7 @@ def file_id(path):
     return status.st_dev, status.st_ino
 
 
-def input_ids(jobs):
+def files_read(jobs):
     """{file_id} of all that jobs read."""
     return {file_id(path) for job in jobs for path in (job.source, *job.references)} - {None}
 
@@ -1351,7 +1355,7 @@ def name_outputs(args, job, inputs):
             kind = f"{'a clip' if is_clip else 'an image'}; known are {' '.join(options)}"
             raise ValueError(f"{path} has no known extension of {kind}")
         if path.exists() and not (job.output or args.many):
-            raise ValueError(f"{path} exists; -o names another file, or this to replace it")
+            raise ValueError(f"{path} exists; -o {path} replaces it")
         if path == args.progress:
             raise ValueError(f"--progress {path} is the result; name another file")
     for path in filter(None, (*outputs, args.progress)):
@@ -1372,25 +1376,31 @@ def find_compiler(user):
         raise ValueError(f"{user} needs the compiler {usual}, or the one that CXX names")
 
 
+def check_device(name):
+    """Raises ValueError for a device that is not there."""
+    import torch  # here and not at the top: seconds, which a mistyped option should not cost
+
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # some devices lack a module, others an attribute
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} is not available ({reason}); try cpu") from None
+
+
 def load(args):
     """(model, device). Raises ValueError for a device that is not there, or by from_pretrained."""
-    import torch  # here and not at the top: seconds, which a mistyped option should not cost
+    import torch
 
     from connector import InstructX, compile_blocks, tile
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one error
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} is not available ({reason})") from None
+    check_device(device)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     elif args.compile:
         find_compiler("--compile")
-    quantize = torch.int8 if args.quantize else None
-    settings = getattr(torch, args.dtype), args.instructx, args.offload, quantize
+    settings = getattr(torch, args.dtype), args.instructx, args.offload, bool(args.quantize)
     model = InstructX.from_pretrained(args.weights, device, *settings)
     if args.tile:
         tile(model.vae, args.tile)
@@ -1399,7 +1409,8 @@ def load(args):
     if (args.guidance or 1) > 1 == model.config.guidance:
         note(f"{args.weights} never saw an empty instruction, so guidance makes results worse")
     if not model.trained:
-        note(f"warning: {args.weights} has no instructx/: queries and connector are random")
+        random = "queries and connector are random; --instructx names trained ones"
+        note(f"warning: {args.weights} has no instructx/: {random}")
     return model, device
 
 
@@ -1410,6 +1421,8 @@ def scaled(frame, size):
 
 def media_writer(path, source, width, note=lambda text: None):
     """Gives write(frame) for a file like `source`, but `width` pixels wide."""
+    if path.suffix.lower() == ".webp" and max(width, source.frames.shape[1]) > LARGEST_WEBP:
+        raise ValueError(f"{path}: a WebP has at most {LARGEST_WEBP} pixels a side; name a .png")
     if not source.is_video:
         return image_writer(path, source, note)
     shape = source.length, source.frames.shape[1], width, 3
@@ -1426,7 +1439,9 @@ def windows(frames, total, length, overlap):
     while done < total:
         left = total - done
         shared = max(overlap, (length - left - 1) // 4 * 4 + 1) if done else 0
-        new = itertools.islice(frames, min(left, length - shared))
+        new = list(itertools.islice(frames, min(left, length - shared)))
+        if not new:
+            raise ValueError("the clip became shorter while it was read")
         window = [*window[len(window) - shared :], *new]
         yield window, shared
         done += len(window) - shared
@@ -1461,7 +1476,7 @@ def edit(args, job, outputs, loaded):
         for window, shared in windows(frames, source.length, args.frames, args.overlap):
             known = {"start": np.stack(results[-shared:])} if shared else {}
             if draw and not done:  # the first window
-                known["watch"] = expected.append
+                known["watch"] = lambda z: expected.append(z[:, :, :1].clone())
             results, shown = [], np.stack([scaled(frame, size) for frame in window])
             model.edit(shown, job.instruction, references, *settings, results.extend, **known)
             for frame, result in zip(window[shared:], results[shared:]):
@@ -1474,7 +1489,9 @@ def edit(args, job, outputs, loaded):
                 note(f"{job.source}: {done} of {source.length} frames are done")
         if draw:
             chosen = np.linspace(0, len(expected) - 1, 6).round().astype(int)
-            draw(np.concatenate([expected[i] for i in chosen], axis=1))
+            shape = 1, size[1], size[0], 3
+            pictures = [next(model.decode(expected[i], shape))[0] for i in chosen]
+            draw(np.concatenate(pictures, axis=1))
     phases.end()
     return phases.table()
 
@@ -1551,7 +1568,7 @@ class Tally:
             say(path, sys.stdout)
 
     def keep(self, job, outputs):
-        """Whether the results are there; the first of them gets its name last.
+        """Whether the results are there. The first gets its name last, so it stands for all.
 
         Raises ValueError if they were made of another row.
         """
@@ -1595,7 +1612,7 @@ def to_do(args, tally):
     jobs = read_jobs(args)
     if args.batch != STDIN:
         jobs = list(jobs)
-        inputs = input_ids(job for _, job in jobs if isinstance(job, Job))
+        inputs = files_read(job for _, job in jobs if isinstance(job, Job))
     part, parts = args.shard
     for number, (name, job) in enumerate(jobs):
         is_ours = number % parts == part
@@ -1604,7 +1621,7 @@ def to_do(args, tally):
                 raise job
             if job.output:
                 tally.claim(name, [job.output])  # whatever else is wrong
-            outputs = name_outputs(args, job, input_ids([job]) if args.batch == STDIN else inputs)
+            outputs = name_outputs(args, job, files_read([job]) if args.batch == STDIN else inputs)
             tally.claim(name, outputs)
             if not is_ours or tally.keep(job, outputs):
                 continue
@@ -1631,7 +1648,7 @@ def check_settings(args, write=False):
     if file.exists():
         earlier = read_config(args.output, file.name)
         if not earlier:
-            raise ValueError(f"{file} cannot be read; name another folder")
+            raise ValueError(f"{file} cannot be read; delete it if all settings are the same")
         for name, value in values.items():
             if earlier.get(name) != value:
                 change = f"{name} was {earlier.get(name)!r} and is {value!r}"
@@ -1688,9 +1705,9 @@ def prepare_process():
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "r+"))
-    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
+    for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):  # not where a test has replaced it
-            stream.reconfigure(encoding=encoding, errors="surrogateescape")
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
         signal.signal(signal.SIGINT, stop)
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
@@ -1713,7 +1730,7 @@ def main(argv=None):
         if args.many:
             sys.exit(edit_many(args))
         job = Job(args.inputs[0], args.instruction, args.ref, args.seed, args.output)
-        outputs = name_outputs(args, job, input_ids([job]))
+        outputs = name_outputs(args, job, files_read([job]))
         say(edit(args, job, outputs, functools.partial(load, args)), sys.stderr)
         for path in filter(None, (*outputs, args.progress)):
             say(path, sys.stdout)

@@ -8,8 +8,10 @@ What is unusual, compared with an ordinary vision-language model:
   A patch spans 2 frames, and no block sees more of a clip than these 2 at once.
 - Positions have three axes: time, row and column (M-RoPE). A text token advances all three
   together. In a clip the time axis follows the seconds.
-- `forward` returns hidden states, not logits. The editor keeps those at the queries. Queries follow
-  the last token and take the positions of text there. `lm_head` and `generate` make a chat model.
+- `forward` returns hidden states after the final norm, not logits. The editor keeps those at the
+  queries. Queries follow the last token and take the positions of text there. The decoder stays
+  causal: a query sees the prompt and the queries before it. `lm_head` and `generate` make a chat
+  model.
 - LoRA adapts the language model only. Its tensors have PEFT's names.
 
 Sources: the Qwen2.5-VL report (arXiv 2502.13923) and its release in transformers 4.49. The model
@@ -503,7 +505,7 @@ class Qwen2_5_VL(nn.Module):
         """Hidden states after the final norm, (B, L + Q, D), in the weights' dtype.
 
         Args:
-            input_ids: (B, L) int64, on the CPU, where the positions are computed.
+            input_ids: (B, L) int64, best on the CPU, where the positions are computed.
             attention_mask: (B, L), 0 for padding, which must be on the left.
             pixel_values, pixel_values_videos: (N, 1176) patches of the images and of the videos,
                 row after row. If all rows show the same pictures, those of one row are enough.
@@ -584,15 +586,15 @@ class Qwen2_5_VL(nn.Module):
     @torch.no_grad()
     def generate(self, inputs, processor, max_new_tokens=128):
         """Decodes one prompt greedily, up to the end of the turn -> text."""
-        prompt, pictures = inputs["input_ids"], dict(inputs)
+        prompt = inputs["input_ids"]
         if len(prompt) != 1:
             raise ValueError(f"generate takes one prompt, not a batch of {len(prompt)}")
-        if pictures.pop("attention_mask", None) is not None:
+        if inputs.get("attention_mask") is not None:
             prompt = prompt[:, inputs["attention_mask"][0].bool()]  # without the padding
-        image_grids, video_grids = pictures.get("image_grid_thw"), pictures.get("video_grid_thw")
-        seconds = pictures.get("second_per_grid_ts")
+        image_grids, video_grids = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
+        seconds = inputs.get("second_per_grid_ts")
         positions = self.positions(prompt, None, image_grids, video_grids, seconds)
-        images, videos = pictures.get("pixel_values"), pictures.get("pixel_values_videos")
+        images, videos = inputs.get("pixel_values"), inputs.get("pixel_values_videos")
         x = self.embed(prompt, images, videos, image_grids, video_grids)
         answer, cache = [], {}
         while len(answer) < max_new_tokens:
@@ -629,7 +631,6 @@ class Qwen2_5_VL(nn.Module):
         save_model(self, folder)
 
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
 
 
@@ -637,7 +638,7 @@ class LoRALinear(nn.Linear):
     """y = W x + b + alpha/rank * B A x (arXiv 2106.09685).
 
     B starts at zero, so training starts from the unchanged model. A is random, so B has a gradient.
-    A and B are float32 for any dtype of W, because steps of 1e-5 vanish in bfloat16 weights.
+    New A and B are float32 for any dtype of W, because steps of 1e-5 vanish in bfloat16 weights.
     """
 
     def __init__(self, linear, rank, alpha, device=None):
@@ -669,24 +670,18 @@ def lora_layers(model):
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
 
 
-def add_lora(model, rank=64, alpha=64, targets=LORA_TARGETS):
-    """Wraps the targeted layers of the language model and freezes everything else.
+def add_lora(model, rank=64, alpha=64):
+    """Wraps all linear layers of the decoder, q k v o gate up down, and freezes everything else.
 
-    The vision tower has layers of the same names; they stay as they are. Raises ValueError for a
-    rank below 1, a target that no layer has, or a model that has LoRA already.
+    The vision tower stays as it is. Raises ValueError for a rank below 1, or a model that has LoRA.
     """
-    layers = [(n, m) for n, m in model.model.named_modules() if isinstance(m, nn.Linear)]
-    unknown = set(targets) - {name.split(".")[-1] for name, _ in layers}
-    if lora_layers(model) or unknown or not targets or rank < 1:
-        raise ValueError(
-            f"LoRA of rank {rank} on {list(targets)}: rank is 1 or more, targets are of "
-            f"{LORA_TARGETS}, and the model has no LoRA yet"
-        )
+    if rank < 1 or lora_layers(model):
+        raise ValueError(f"LoRA of rank {rank}: rank is 1 or more, and the model has no LoRA yet")
     model.requires_grad_(False)
     device = model.model.norm.weight.device  # the layers' own weights may not be loaded yet
-    for name, linear in layers:
-        if name.split(".")[-1] in targets:
-            model.model.set_submodule(name, LoRALinear(linear, rank, alpha, device))
+    for name, layer in list(model.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.model.set_submodule(name, LoRALinear(layer, rank, alpha, device))
 
 
 def lora_state_dict(model):
@@ -864,7 +859,7 @@ class Processor:
             raise ValueError("the system prompt must be a string")
         start, end = [self.ids["<|im_start|>"]], self.turn_end()
         ids, text = start + self.encode("system\n" + system) + end + start, "user\n"
-        clips, pictures = [], []  # (patches, grid) of each
+        clips, images = [], []  # (patches, grid) of each
         for part in parts:
             if isinstance(part, str):
                 text += part
@@ -874,7 +869,7 @@ class Processor:
                 frames = self.check_video(part, fps) if clip else [part]
                 part = self.cut(map(to_pil, frames), clip=clip)
             pad, patches, grid = part
-            (clips if pad == "<|video_pad|>" else pictures).append((patches, grid))
+            (clips if pad == "<|video_pad|>" else images).append((patches, grid))
             ids += self.encode(text) + self.vision_ids(pad, grid)
             text = ""
         ids += self.encode(text) + ([] if open_turn else end + start + self.encode("assistant\n"))
@@ -883,9 +878,9 @@ class Processor:
             inputs["pixel_values_videos"] = torch.cat([patches for patches, _ in clips])
             inputs["video_grid_thw"] = torch.tensor([grid for _, grid in clips])
             inputs["second_per_grid_ts"] = torch.full((len(clips),), self.temporal_patch_size / fps)
-        if pictures:
-            inputs["pixel_values"] = torch.cat([patches for patches, _ in pictures])
-            inputs["image_grid_thw"] = torch.tensor([grid for _, grid in pictures])
+        if images:
+            inputs["pixel_values"] = torch.cat([patches for patches, _ in images])
+            inputs["image_grid_thw"] = torch.tensor([grid for _, grid in images])
         return inputs
 
     def cut(self, frames, max_pixels=None, clip=False):
@@ -912,7 +907,7 @@ class Processor:
         return ids
 
     def check_video(self, frames, fps):
-        """Frames as an array. Raises ValueError unless they are (T, H, W, 3) with fps above 0."""
+        """Frames as an array. Raises ValueError without four axes, a frame, and an fps above 0."""
         frames = np.asarray(frames)
         if frames.ndim != 4 or not len(frames):
             raise ValueError(f"a video is {frames.dtype} {frames.shape}, not uint8 (T, H, W, 3)")
@@ -958,7 +953,10 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Reads tokenizer.json, preprocessor_config.json. FileNotFoundError or ValueError."""
+        """Reads tokenizer.json, and preprocessor_config.json or processor_config.json.
+
+        Raises FileNotFoundError or ValueError.
+        """
         return load_processor(cls, folder)
 
     def save_pretrained(self, folder):
@@ -982,6 +980,7 @@ def load_model(cls, path, device, dtype, blocks, config):
     """See Qwen2_5_VL.from_pretrained."""
     tensors = read_tensors(path)
     config = read_config(path, config)
+    # A damaged config could ask for a million layers.
     if max(config.num_hidden_layers, config.vision_config.depth) > len(tensors):
         raise ValueError(f"{path} has too few tensors for the layers of its config.json")
     tied, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
@@ -1045,8 +1044,9 @@ def read_tensors(path, prefix=""):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.itemsize < 2:  # 8 bits come with scales
-            raise ValueError(f"{path}: {name} is {tensor.dtype}; it should be float")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            known = "float32, bfloat16 or float16"
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; it should be {known}")
     return tensors
 
 
@@ -1115,9 +1115,10 @@ def config_from_dict(raw):
     text |= (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
     vision = {**(raw.get("vision_config") or {})}
     vision.setdefault("in_channels", vision.get("in_chans", VisionConfig.in_channels))
-    for key, value in (("type", "mrope"), ("rope_type", "default"), ("hidden_act", "silu")):
-        if text.get(key, value) not in (value, "mrope", "default"):
-            raise ValueError(f"{key} {text[key]!r} is not supported; Qwen2.5-VL has {value!r}")
+    rope = ("mrope", "default")
+    for key, known in (("type", rope), ("rope_type", rope), ("hidden_act", ("silu",))):
+        if text.get(key, known[0]) not in known:
+            raise ValueError(f"{key} {text[key]!r} is not supported; Qwen2.5-VL has {known[0]!r}")
     if text.get("use_sliding_window"):
         raise ValueError("use_sliding_window is not supported")
     vision = VisionConfig(**config_fields(VisionConfig, vision))
@@ -1192,8 +1193,10 @@ def load_processor(cls, folder):
             raise ValueError(f"sizes should be whole numbers above 0, not {sizes}")
         for name in {"image_mean", "image_std"} & set(settings):
             settings[name] = [float(level) for level in settings[name]]
-            if len(settings[name]) != 3 or not min(settings[name]) >= (name == "image_std") * 1e-6:
-                raise ValueError(f"{name} should be three numbers, not {settings[name]}")
+            least = 1e-6 if name == "image_std" else 0
+            if len(settings[name]) != 3 or not min(settings[name]) >= least:
+                known = f"three numbers from {least}"
+                raise ValueError(f"{name} should be {known}, not {settings[name]}")
         return cls(tokenizer, **settings)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{settings_file}: {error}") from None

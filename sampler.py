@@ -6,8 +6,8 @@ v = ε - x (InstructX, section 3.3; Wan2.1, section 4). Sampling walks the line 
 trained on timesteps from 0 to 1000.
 
 What is unusual: one object serves training and sampling, so both shift σ by the same formula.
-UniPC, Wan's default solver, covers one case only (it predicts x, B(h) = e^h - 1, order 2): one
-page instead of 800 lines.
+UniPC, Wan's default solver, is here in one variant only (it predicts x, B(h) = e^h - 1, order 2):
+one page instead of 800 lines.
 
     python sampler.py     # errors of both solvers, with the exact velocity of two moons
 """
@@ -170,8 +170,8 @@ def exact_velocity(data, blur):
         sigma = (t.double() / 1000).view(-1, 1)
         variance = ((1 - sigma) * blur).square() + sigma.square()  # (B, 1) of x_σ around a point
         away = z[:, None] - (1 - sigma)[:, None] * data  # (B, N, D)
-        posterior = -away.square().sum(-1) / (2 * variance)  # (B, N) of each point, given z
-        posterior = posterior.softmax(dim=1)
+        logits = -away.square().sum(-1) / (2 * variance)
+        posterior = logits.softmax(dim=1)  # (B, N) of each point, given z
         offset = (posterior[:, :, None] * away).sum(dim=1) / variance  # (B, D)
         return sigma * offset - (posterior @ data + (1 - sigma) * blur**2 * offset)
 

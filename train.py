@@ -11,8 +11,9 @@
     3       as stage 2                         a clean subset    as stage 2
 
 Data are JSON lines, one edit each: {"source": FILE, "target": FILE, "instruction": TEXT} and
-optionally "references": [FILE, ...]. Paths are relative to the data file. A clip is a video file or
-a folder of frames. A broken edit is reported and skipped. --out receives metrics.jsonl, curves.png,
+optionally "references": [FILE, ...], or CSV in Kiwi-Edit's format. Paths are relative to the data
+file. A clip is a video file or a folder of frames. A broken edit is reported and skipped. --out
+receives metrics.jsonl, curves.png,
 validation/, checkpoints/ and at the end instructx/, which edit.py takes as --instructx.
 
 What is unusual: the samples of a step, their noise, σ and dropped instructions depend on (seed,
@@ -39,8 +40,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import resource
 import shutil
 import sys
 import time
@@ -53,14 +52,18 @@ from pathlib import Path
 from edit import (
     MediaError,
     Parser,
+    check_device,
+    is_out_of_memory,
     media_shape,
     number,
+    peak_memory,
     read_frames,
     read_lines,
     read_row,
     sweep,
     whole,
 )
+from edit import say as print_line
 
 PAPER_STEPS = {1: 20000, 2: 20000, 3: 5000}
 CLIP_NORM = 1.0  # upper bound of the gradient's norm
@@ -96,12 +99,13 @@ def settings(arguments=None):
         group.add_argument(name, help=help, default=default, type=type, **more)
 
     group = parser.add_argument_group("data")
-    add("--data", "JSON lines", nargs="+", required=True, **file)
+    add("--data", "JSON lines or .csv", nargs="+", required=True, **file)
     add("--video-share", "of the steps of stages 2 and 3 that take clips; paper: 0.6", 0.6, share)
     add("--area", "larger pictures are scaled down to about this many pixels", 480 * 832, count)
     add("--frames", "longer clips are cut to this many frames", 81, count)
-    add("--cache", "keeps latents and sizes of media files", **folder)
-    add("--validate", "held-out JSON lines, for a loss and pictures", **file)
+    add("--cache", "folder that keeps latents and sizes of media files", **folder)
+    text = f"held-out edits: a loss of the first {HELD_OUT}, pictures of the first {RENDERED}"
+    add("--validate", text, **file)
     add("--validate-every", "steps between validations", 500, count)
 
     group = parser.add_argument_group("stage and objective")
@@ -117,7 +121,8 @@ def settings(arguments=None):
     add("--dit-lora", "rank of LoRA that trains in place of the DiT's weights; 0: none", 0, rank)
 
     group = parser.add_argument_group("optimizer")
-    add("--steps", "of the optimizer (default: the paper's 20000, 20000, 5000)", type=count)
+    text = "of the optimizer (default: the paper's, 20000, 20000 and 5000 in stages 1, 2 and 3)"
+    add("--steps", text, type=count)
     add("--image-batch", "images per step; paper: 128", 16, count)
     add("--video-batch", "clips per step; paper: 32", 4, count)
     add("--micro-batch", "at most so many samples at once, over all processes", 8, count)
@@ -186,12 +191,8 @@ def complete(args):
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and PROCESSES > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        args.device = torch.device(name)
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:  # some devices lack a module, others an attribute
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {name} is not available ({reason}); try cpu") from None
+    check_device(name)
+    args.device = torch.device(name)
     args.precision = args.precision or ("bfloat16" if args.device.type == "cuda" else "float32")
     args.config = dict(config_setting(pair) for pair in args.config or [])
     for file in [*args.data, *filter(None, [args.validate])]:
@@ -204,8 +205,9 @@ def complete(args):
 def config_setting(pair):
     """Reads "steps=20" as ("steps", 20). Raises ValueError for unusable settings."""
     name, _, text = pair.partition("=")
-    types = InstructXConfig.__annotations__
-    if name not in types or name in ("mllm_dim", "context_dim", "frame_resizes"):
+    fixed = ("mllm_dim", "context_dim", "frame_resizes")  # by the models
+    types = {key: kind for key, kind in InstructXConfig.__annotations__.items() if key not in fixed}
+    if name not in types:
         raise ValueError(f"--config {pair}: unknown {name!r}; there are {', '.join(types)}")
     least = {"lora_rank": 0, "guidance": 1, "mllm_frames": 2}
     try:
@@ -277,9 +279,8 @@ class Pairs:
     def add(self, where, folder, line):
         try:
             row = read_row(line, folder, ("source", "target"))
-            instruction = row["instruction"]
-            pair = Pair(where, row["source"], row["target"], row["references"], instruction)
-            self.pairs.append(pair)
+            names = ("source", "target", "references", "instruction")
+            self.pairs.append(Pair(where, *(row[name] for name in names)))
         except ValueError as error:
             self.mark_broken(where, error)
 
@@ -289,7 +290,7 @@ class Pairs:
     def report(self):
         """Reports new broken pairs, up to REPORTED in all."""
         for problem in list(self.broken.values())[self.reported : REPORTED]:
-            tqdm.write(f"train.py: left out: {problem}", file=sys.stderr)
+            print_line(f"train.py: left out: {problem}", sys.stderr)
         self.reported = len(self.broken)
 
     def summary(self):
@@ -431,7 +432,7 @@ def read(path, shape):
     readable = len(media.frames)
     if readable < length:
         raise ValueError(f"{path} has {readable} readable frames, and {length} by its header")
-    return media.frames[:length], float(media.fps or 16)
+    return media.frames, float(media.fps or 16)
 
 
 @dataclass
@@ -706,8 +707,8 @@ def sample_losses(model, latents, samples, video, args):
     inputs = model.processor.collate([sample.inputs for sample in samples])
     with autocast(z.device, args):
         context = model.context(inputs, video)  # (B, Q, C)
-        inputs = context, z, source, references, sigma, noise, sampler
-        return flow_loss(model.dit, *inputs, args.change_weight)
+        data = context, z, source, references, sigma, noise
+        return flow_loss(model.dit, *data, sampler, args.change_weight)
 
 
 def autocast(device, args):
@@ -728,6 +729,10 @@ def train(args, build, validate):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(parameters, args)
     pairs = read_pairs(args, args.data, model)
+    # edit.py works at the size of the largest training pictures.
+    sizes = [shape[0] for bucket in pairs.buckets.values() for shape in bucket]
+    areas = [height * width for _, height, width in sizes]
+    model.config.area = max(model.config.area, *areas)
     held_out = read_held_out(args, model) if args.validate else []
     loader = Loader(args, model, pairs)
     checkpoints = Checkpoints(args, parameters, optimizers, pairs.digest)
@@ -772,7 +777,8 @@ def train(args, build, validate):
             # A line of the log.
             row = dict(step=step, video=video, samples=len(rows), loss=loss if rows else None)
             row |= dict(gradient=norm, lr=learning_rate(step, args, args.lr), used=finite)
-            row |= dict(broken=len(pairs.broken), memory=peak_memory(args.device))
+            gigabytes = round(peak_memory(str(args.device)) / 1e9, 2)
+            row |= dict(broken=len(pairs.broken), memory=gigabytes)
             seconds = time.perf_counter() - began
             metrics.write(row | {"seconds": round(seconds, 3), "waited": round(waited, 3)})
             bar.set_postfix(loss=loss, gradient=norm, refresh=False)
@@ -847,7 +853,10 @@ def validate(args, model, loader, held_out, step):
         losses["clips" if video else "images"] += values.tolist()
         if i < RENDERED:
             source, target = (read(path, shape[0])[0] for path in (pair.source, pair.target))
-            result = render(args, model, loader, pair, shape)
+            try:
+                result = render(args, model, loader, pair, shape)
+            except FloatingPointError:
+                result = np.zeros_like(source)  # black
             rows.append((pair.instruction, source, result, target))
     if IS_FIRST:
         file = args.out / "validation" / f"step-{step:07d}.png"
@@ -899,7 +908,7 @@ def read_held_out(args, model):
 def say(text):
     """One line on stderr, from the first process alone and above a progress bar."""
     if IS_FIRST:
-        tqdm.write(f"train.py: {text}", file=sys.stderr)
+        print_line(f"train.py: {text}", sys.stderr)
 
 
 def complain(args, step, loss, norm, rows, pairs, bad_steps):
@@ -912,14 +921,6 @@ def complain(args, step, loss, norm, rows, pairs, bad_steps):
         text = f"{bad_steps} unusable steps in a row, the last is step {step}"
         raise TrainingError(f"{text}: {reason}")
     say(f"step {step} skipped: {reason}")
-
-
-def peak_memory(device):
-    """Peak GB so far: of the GPU, else of this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 class Metrics:
@@ -1077,7 +1078,7 @@ class Checkpoints:
         tensors = {name: p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             for optimizer in self.optimizers:
-                memories = optimizer.state[p] if p in optimizer.state else {}
+                memories = optimizer.state.get(p, {})
                 tensors |= {f"{key} {name}": value for key, value in memories.items()}
         return tensors
 
@@ -1132,7 +1133,7 @@ class Checkpoints:
             if changed:
                 changes = (f"{name} was {before.get(name)} and is {now[name]}" for name in changed)
                 text = f"{folder} was made with other settings: {'; '.join(changes)}"
-                raise ValueError(f"{text}; or take another --out")
+                raise ValueError(f"{text}; use those settings, or another --out")
             say(f"going on at step {step}, from {folder}")
             if state.get("data") != self.data_digest:
                 say("the data are not those of the checkpoint: from here on it is another run")
@@ -1172,8 +1173,7 @@ def lasting(args):
 
 def list_checkpoints(out):
     """Whole checkpoints, oldest first."""
-    folders = (out / "checkpoints").glob("step-*")
-    return sorted(folder for folder in folders if re.fullmatch(r"step-\d{7}", folder.name))
+    return sorted((out / "checkpoints").glob("step-" + 7 * "[0-9]"))
 
 
 def export(args, model):
@@ -1303,10 +1303,12 @@ def main(arguments=None, build=build_model, validate=validate):
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last checkpoint")
         return 130
-    except torch.OutOfMemoryError:
-        problem = "out of memory; try --gradient-checkpointing, a smaller --micro-batch, --dit-lora"
     except (ValueError, OSError, TrainingError) as error:
         problem = one_line(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = "out of memory; try --gradient-checkpointing, a smaller --micro-batch, --dit-lora"
     print(f"train.py: error: {problem}", file=sys.stderr)
     return 2
 

@@ -1,8 +1,10 @@
-"""WanVAE: the 3D causal autoencoder of Wan2.1, from video to latents and back.
+"""WanVAE: the 3D causal autoencoder of Wan2.1 and 2.2, from video to latents and back.
 
 It turns (B, 3, T, H, W) video in [-1, 1] into (B, 16, F, h, w) latents: 8 times smaller in height
-and width, 4 times in time. It is causal in time. Two rules define its behaviour. The official code
-(wan/modules/vae.py of Wan2.1) and diffusers (AutoencoderKLWan) implement them by feature caches:
+and width, 4 times in time (Wan2.2: 48 channels, 16 times smaller). They are the posterior's mean,
+normalised; nothing is sampled. It is causal in time. Two rules define its behaviour. The official
+code (wan/modules/vae.py of Wan2.1) and diffusers (AutoencoderKLWan) implement them by feature
+caches:
 
   1. every convolution over time sees only the present and the past; before the clip the past is
      zeros;
@@ -179,7 +181,7 @@ class AttentionBlock(nn.Module):
         self.norm = RMSNorm(dim, spatial_dims=2)
         self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
-        nn.init.zeros_(self.proj.weight)  # officially too the block starts as the identity
+        nn.init.zeros_(self.proj.weight)  # as officially: at first the block adds a bias alone
 
     def forward(self, x, cache):
         tokens = self.norm(x).flatten(2, 3)                               # (B, T, HW, C)
@@ -263,7 +265,10 @@ def to_pixels(x, p):
 
 
 class DownStage(nn.Module):
-    """One resolution of the Wan2.2 encoder: layers, and a shortcut that averages their input."""
+    """One resolution of the Wan2.2 encoder: layers, and a shortcut that averages their input.
+
+    `temporal` is None at the last resolution, which is not downsampled.
+    """
 
     def __init__(self, layers, dim, temporal):
         super().__init__()
@@ -281,14 +286,17 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """One resolution of the Wan2.2 decoder: layers, and a shortcut that repeats their input."""
+    """One resolution of the Wan2.2 decoder: layers, and a shortcut that repeats their input.
+
+    `temporal` is None at the last resolution, which is not upsampled and has no shortcut.
+    """
 
     def __init__(self, layers, dim, temporal):
         super().__init__()
         self.upsamples = nn.Sequential(*layers)
         self.dim = dim  # output channels
         self.space, self.time = 2, 2 if temporal else 1
-        self.shortcut = temporal is not None  # not around the last resolution
+        self.shortcut = temporal is not None
 
     def forward(self, x, cache):
         if not self.shortcut:
@@ -303,7 +311,10 @@ class UpStage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encodes the next frames of a clip: (B, t, H, W, 3) -> (B, f, h, w, 2 * z_dim)."""
+    """Encodes the next frames of a clip, in patches of p pixels a side (Wan2.1: 1, Wan2.2: 2).
+
+    (B, t, H/p, W/p, 3*p*p) -> (B, f, h, w, 2 * z_dim).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -331,7 +342,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decodes the next latent frames: (B, f, h, w, z_dim) -> (B, t, H, W, 3)."""
+    """Decodes the next latent frames: (B, f, h, w, z_dim) -> (B, t, H/p, W/p, 3*p*p)."""
 
     def __init__(self, config):
         super().__init__()
@@ -421,7 +432,10 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z, chunk=1):
-        """Normalised z -> video (B, 3, T, H, W) in [-1, 1], in the weights' dtype."""
+        """Normalised z (B, z_dim, F, h, w) -> video (B, 3, T, H, W) in [-1, 1].
+
+        It has the weights' dtype. Raises ValueError for other shapes.
+        """
         return torch.cat(list(self.decode_stream(z, chunk)), dim=2).contiguous()
 
     @torch.no_grad()
@@ -473,7 +487,7 @@ class WanVAE(nn.Module):
         nested = any(".downsamples.0.downsamples." in name for name in tensors)
         released = PRESETS["wan2.2" if nested else "wan2.1"]
         config = read_config(file.parent / "config.json", released)
-        if config.num_res_blocks > len(tensors):
+        if config.num_res_blocks > len(tensors):  # a damaged config could ask for millions
             raise ValueError(f"{path} has too few tensors for {config.num_res_blocks} blocks")
         tensors = official_names(tensors, config)
         tensors = {name: t.to(device, dtype or t.dtype) for name, t in tensors.items()}
@@ -574,8 +588,8 @@ def official_names(tensors, config):
     blocks = config.num_res_blocks
 
     def nested(match):
-        side, resolution, layer = match[1], match[2], match[3]
-        index = {"downsampler": blocks, "upsampler": blocks + 1}.get(layer) or match[4]
+        side, resolution, index = match.groups()
+        index = index or blocks + (side == "up")  # the sampler comes after the residual blocks
         return f".{side}samples.{resolution}.{side}samples.{index}."
 
     def flat(match):
@@ -586,8 +600,8 @@ def official_names(tensors, config):
     renamed = {}
     for name, tensor in tensors.items():
         if config.stage_shortcuts:
-            name = re.sub(r"\.(down|up)_blocks\.(\d+)\.(resnets)\.(\d+)\.", nested, name)
-            name = re.sub(r"\.(down|up)_blocks\.(\d+)\.(downsampler|upsampler)\.", nested, name)
+            layer = r"(?:resnets\.(\d+)|downsampler|upsampler)"
+            name = re.sub(rf"\.(down|up)_blocks\.(\d+)\.{layer}\.", nested, name)
         name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, name)
         for theirs, official in RENAMES.items():
             name = name.replace(theirs, official)
@@ -609,7 +623,7 @@ def read_config(file, released=VAEConfig()):
     if raw.get("_class_name") == "WanModel":
         return released
     if raw.get("attn_scales"):
-        raise ValueError(f"{file} has attn_scales, which the VAEs of Wan2.1 and Wan2.2 have not")
+        raise ValueError(f"{file} has attn_scales, which no VAE of Wan2.1 or Wan2.2 has")
     if raw.get("z_dim") == PRESETS["wan2.2"].z_dim:
         released = PRESETS["wan2.2"]
     settings = {}

@@ -6,8 +6,8 @@
 media damages pictures and clips of every format that edit.py reads, configs the files of a weights
 folder, data those of a training. A case holds if the program does its work, or ends with code 2 and
 one line that names a file at fault; within LIMIT seconds and MEMORY bytes, and with nothing left
-over. kills ends train.py by signals until a start gets through, in a twentieth of the cases: such
-a case holds if the result is that of a run in peace. A seed and a number determine a case, but for
+over. kills, with a twentieth of --count, ends train.py by signals until a start gets through: a
+case holds if the result is that of a run in peace. A seed and a number determine a case, but for
 the times of kills, which follow the speed of the machine.
 """
 
@@ -448,7 +448,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     rows = []
     for name in args.attacks:
-        numbers = range(args.count // 20 if name == "kills" else args.count)
+        numbers = range(-(-args.count // 20) if name == "kills" else args.count)
         show = args.only is not None
         rows.append((name, *attack(name, [args.only] if show else numbers, args.seed, show)))
     print(f"{'attack':8}{'tried':>7}{'held':>7}{'refused':>9}{'seconds':>9}")

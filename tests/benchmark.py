@@ -441,6 +441,7 @@ def timed_load(side, folder, device, dtype):
         import diffusers
 
         diffusers.logging.set_verbosity_error()
+        diffusers.WanTransformer3DModel  # imported when it is named; ours is imported by now
 
     def whole_model():
         if side == "ours":

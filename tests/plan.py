@@ -190,7 +190,8 @@ def plan(options, args):
     ):
         if not share:
             continue
-        chunk = min(batch, args.micro_batch)
+        sizes = range(1, min(batch, args.micro_batch) + 1)
+        chunk = max(size for size in sizes if batch % size == 0)  # as Pairs.batch_sizes
         each = -(-chunk // gpus)
         flop, kept, tokens = step_cost(options, args, model, frames, each)
         step = flop * batch / chunk / (options.gpu_tflops * 1e12)

@@ -1,7 +1,7 @@
 """Scores edits on ImgEdit-Bench, GEdit-Bench and VIE-Bench by a local Qwen2.5-VL.
 
     python tests/score.py rows imgedit Benchmark/singleturn/singleturn.json -o imgedit.jsonl
-    python edit.py --batch imgedit.jsonl -o runs/imgedit --weights weights/full
+    python edit.py --batch imgedit.jsonl -o runs/imgedit --weights weights/kiwi
     python tests/score.py judge imgedit.jsonl runs/imgedit --weights ImgEdit_judge \\
         --prompts Benchmark/singleturn/judge_prompt.json --pixels 1016064 1354752
     python tests/score.py table imgedit.jsonl runs/imgedit

@@ -486,7 +486,7 @@ def test_saved_is_what_was_there(model, tmp_path):
     """What was added or taken away must be in the config, or the file cannot be loaded again."""
     changed, (z, t, _) = copy.deepcopy(model), inputs(CONFIG)
     changed.add_source_embedding()
-    changed.text_embedding = torch.nn.Identity()
+    changed.remove_text_embedding()
     with torch.no_grad():
         changed.source_embedding.weight.add_(0.1)
     changed.save_pretrained(tmp_path)

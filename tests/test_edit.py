@@ -29,10 +29,10 @@ from edit import (
     IMAGE_OPTIONS,
     Media,
     MediaError,
+    image_writer,
     media_shape,
     read_frames,
     write_clip,
-    write_image,
 )
 
 SCRIPT = Path(edit.__file__)
@@ -1136,8 +1136,22 @@ def test_alpha(negative, tmp_path, capsys):
     # Elsewhere the negative is darker than any color on white could be.
     possible = (share > 0) & (255 - seen >= (1 - share) * 255)
     assert np.abs(on_white - (255 - seen))[possible].max() <= 1.5
-    run(capsys, tmp_path / "in.png", "x", "-o", tmp_path / "out.jpg", *options)
-    assert Image.open(tmp_path / "out.jpg").mode == "RGB"
+    _, _, err = run(capsys, tmp_path / "in.png", "x", "-o", tmp_path / "out.jpg", *options)
+    assert Image.open(tmp_path / "out.jpg").mode == "RGB" and "cannot be transparent" in err
+    run(capsys, tmp_path / "in.png", "x", "-o", tmp_path / "out.gif", *options)
+    result = np.asarray(Image.open(tmp_path / "out.gif").convert("RGBA"))
+    assert np.array_equal(result[..., 3], np.where(alpha < 128, 0, 255))
+
+
+def test_a_webp_has_little_room(negative, tmp_path, capsys):
+    """It shows only on saving, after hours of work."""
+    Image.new("RGB", (9000, 90)).save(tmp_path / "in.png")
+    options = ("-o", tmp_path / "out.webp", "--area", 9000, "--weights", tmp_path)
+    assert run(capsys, tmp_path / "in.png", "x", *options)[0] == 0
+    del negative.frames
+    code, _, err = run(capsys, tmp_path / "in.png", "x", *options, "--compare")
+    assert code == 2 and "out_compare.webp: a WebP has at most 16383 pixels a side" in err
+    assert not hasattr(negative, "frames")
 
 
 def grey16(path):
@@ -1206,7 +1220,8 @@ def test_profile_and_text_of_a_tiff(negative, tmp_path, capsys):
 def test_every_image_format(tmp_path):
     """An extension that is offered must be written."""
     for suffix in IMAGE_OPTIONS:
-        write_image(tmp_path / f"a{suffix}", smooth(33, 47))
+        with image_writer(tmp_path / f"a{suffix}") as write:
+            write(smooth(33, 47))
         assert difference(read_frames(tmp_path / f"a{suffix}").frames[0], smooth(33, 47)) < 8
 
 
@@ -1245,11 +1260,11 @@ def test_progress_is_a_strip_of_what_the_model_expects(tiny_weights, clip, photo
     assert code == 0 and Image.open(tmp_path / "steps.png").size == (6 * 64, 48)
     for more, said in (
         (["--progress", photo], "is an input"),
-        (["--progress", tmp_path / "a.mp4"], "a picture, such as steps.png"),
-        (["--progress", tmp_path / "a.webp"], "a picture, such as steps.png"),  # too wide for it
+        (["--progress", tmp_path / "a.mp4"], "one .png or .jpg, for one edit"),
+        (["--progress", tmp_path / "a.webp"], "one .png or .jpg, for one edit"),  # too wide for it
         (["--progress", tmp_path / "o.png"], "o.png is the result"),
         (["--progress", tmp_path / "no" / "a.png"], "cannot be written"),
-        (["-o", f"{tmp_path}/"], "of one edit"),
+        (["-o", f"{tmp_path}/"], "for one edit"),
     ):
         arguments = (photo, "x", "-o", tmp_path / "o.png", *usual, *more)
         code, _, err = run(capsys, *arguments)
@@ -1408,6 +1423,12 @@ def test_windows_of_a_long_clip(tmp_path, monkeypatch, suffix, length, overlap, 
             assert np.array_equal(start, 256 - number - frames[first : first + shared])
         else:
             assert start is None
+
+
+def test_windows_of_a_clip_that_is_cut_meanwhile():
+    """Frames that never come must not be waited for."""
+    with pytest.raises(ValueError, match="shorter while it was read"):
+        list(edit.windows(iter(range(12)), 20, 9, 1))
 
 
 def test_windows_of_other_sizes_and_kinds(negative, photo, clip, tmp_path, capsys):

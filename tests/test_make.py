@@ -216,7 +216,7 @@ def test_equal_pictures_share_latents(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_all_parts_in_a_miniature(monkeypatch, tmp_path):
     """From nothing to scores: a part that no longer fits the next would be noticed hours later."""
-    for name, value in {"IMAGES": 16, "CLIPS": 4, "PAINTED": {"image": 12, "clip": 4}}.items():
+    for name, value in {"IMAGES": 16, "CLIPS": 4}.items():
         monkeypatch.setattr(pretrain, name, value)
     for name, part in make.PARTS.items():
         monkeypatch.setattr(part, "steps", 2 if part.steps else 0)

@@ -28,7 +28,6 @@ from tokenizers import (
 import mllm
 from connector import recompute_blocks
 from mllm import (
-    LORA_TARGETS,
     PRESETS,
     SPECIAL_TOKENS,
     LoRALinear,
@@ -762,13 +761,11 @@ def test_lora_saved_equals_loaded():
             load_lora(fresh, tensors)
 
 
-@pytest.mark.parametrize("options", [
-    {"rank": 0}, {"targets": ("qkv",)}, {"targets": ()}, {"targets": (*LORA_TARGETS, "proj")}])
-def test_lora_that_cannot_be_added_is_refused(options):
-    """A misspelt target would train nothing."""
+def test_lora_that_cannot_be_added_is_refused():
+    """Of rank 0 it would train nothing, and a second one would hide the first."""
     model = randomize(Qwen2_5_VL(TINY))
-    with pytest.raises(ValueError, match="rank|targets"):
-        add_lora(model, **options)
+    with pytest.raises(ValueError, match="rank is 1 or more"):
+        add_lora(model, rank=0)
     add_lora(model, rank=1)
     with pytest.raises(ValueError, match="no LoRA yet"):
         add_lora(model)
@@ -787,7 +784,8 @@ def test_lora_equals_peft(tmp_path):
     """PEFT must read our tensors and compute the same; its own names must be ours."""
     peft = pytest.importorskip("peft")
     model, inputs = with_lora(rank=4, alpha=6), prompt(*PROMPTS["clip and references"])
-    layers = r".*layers\.\d+\..*(" + "|".join(LORA_TARGETS) + ")"  # not those of the vision tower
+    names = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    layers = r".*layers\.\d+\..*(" + "|".join(names) + ")"  # not those of the vision tower
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=layers)
     adapted = peft.get_peft_model(reference(randomize(Qwen2_5_VL(TINY))), config).eval()
     ours = lora_state_dict(model)

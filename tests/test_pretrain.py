@@ -22,7 +22,7 @@ from vae import WanVAE
 @pytest.fixture
 def few(monkeypatch):
     """A bank of 16 images and 4 clips, instead of thousands."""
-    for name, value in {"IMAGES": 16, "CLIPS": 4, "PAINTED": {"image": 12, "clip": 4}}.items():
+    for name, value in {"IMAGES": 16, "CLIPS": 4}.items():
         monkeypatch.setattr(pretrain, name, value)
 
 

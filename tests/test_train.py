@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -1054,6 +1055,38 @@ def test_validation(arguments, loader, data, out, stage):
             frames = read_frames(pair.source).frames
             theirs = made.model.edit(frames, pair.instruction, references, seed=3)
             assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+def test_a_validation_that_fails(arguments, data, out, monkeypatch):
+    """Nine hours of training must not be lost for a picture of NaN."""
+
+    def broken(*others):
+        raise FloatingPointError("the picture is not finite")
+
+    monkeypatch.setattr(train, "render", broken)
+    more = ["--validate", data, "--validate-every", 2]
+    assert train.main(arguments(2, "--steps", 2, *more)) == 0
+    assert (out / "validation" / "step-0000002.png").is_file()
+
+
+def test_memory_that_runs_out(arguments, monkeypatch, capsys):
+    """torch has an error of its own for CUDA alone."""
+
+    def full(*others):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(train, "flow_loss", full)
+    assert train.main(arguments(2, "--steps", 2)) == 2
+    assert "error: out of memory; try --gradient-checkpointing" in capsys.readouterr().err
+
+
+def test_edits_have_the_size_of_the_training(arguments, out):
+    """A model that only saw small pictures should not be asked for large ones."""
+    config = out / "instructx" / "config.json"
+    for more, area in (([], 16 * 16), (["--config", *FRESH[1:], "area=5000"], 5000)):
+        assert train.main(arguments(2, "--steps", 1, *more)) == 0
+        assert json.loads(config.read_text())["area"] == area
+        shutil.rmtree(out)
 
 
 def test_the_held_out_loss_is_that_of_training(arguments, loader, out, tmp_path):

@@ -243,6 +243,14 @@ def test_instruction_says_what_the_target_shows():
             )
 
 
+@pytest.mark.parametrize("seed, split", [(180000094, "heldout"), (300000001, "train")])
+def test_every_edit_changes_something(seed, split):
+    """The judge refuses a whole dataset for one edit that shows nothing: black on white, gray."""
+    for video in (False, True):
+        case = sample(seed, video, split, "style")
+        assert world.differs(case.source, case.target).any()
+
+
 def test_every_kind_has_four_wordings():
     """Fewer, and an editor learns the sentence, not the meaning."""
     assert (
@@ -629,16 +637,19 @@ def test_show_draws_a_sheet(tmp_path):
 
 def test_user_errors_are_one_line(tmp_path):
     """A traceback tells a user nothing."""
-    wrong_size, no_cases = (
-        ("make", tmp_path / "a", "--size", 60),
+    one_frame, no_cases = (
+        ("make", tmp_path / "a", "--frames", 1),
         ("make", tmp_path / "b", "--count", 0),
     )
-    for arguments in (wrong_size, no_cases, ("score", tmp_path)):
+    for arguments in (one_frame, no_cases, ("score", tmp_path)):
         done = run(*arguments)
         assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ")
         assert "Traceback" not in done.stderr
     with pytest.raises(ValueError, match="train or heldout"):
         sample(0, split="test")
+    for size in (0, 60, 88):
+        with pytest.raises(ValueError, match="multiple of 16"):
+            sample(0, size=size)
 
 
 def test_joins_are_measured_where_they_are(tiny_weights, monkeypatch, capsys):

@@ -5,7 +5,8 @@
     python weights/shapes/make.py ship           # puts the result in the place of what ships
 
 Parts run on two cores, two beside each other where neither needs the other. A part that was killed
-goes on where it was. OUT/logs has what they print, and OUT/minutes.json the minutes of each.
+goes on where it was; a set of data that was being drawn is drawn again. OUT/logs has what they
+print, and OUT/minutes.json the minutes of each.
 """
 
 import argparse
@@ -25,6 +26,8 @@ TOP = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(TOP)]
 
 from tqdm import tqdm
+
+import world
 
 from edit import find_compiler, whole
 
@@ -117,8 +120,6 @@ def bank(out):
 
 def draw(out, datasets):
     """The edits of datasets to train on."""
-    import world
-
     for name, (video_share, count, seed, kinds) in datasets.items():
         if not (out / "data" / name / "data.jsonl").exists():
             world.make(out / "data" / name, count, video_share, seed, kinds=kinds or world.KINDS)
@@ -126,8 +127,6 @@ def draw(out, datasets):
 
 def data(out):
     """The edits to train on, and those to be scored on, whose combinations training never has."""
-    import world
-
     draw(out, DATA)
     for name, (seed, count) in HELD_OUT.items():
         if not (out / "data" / name / "data.jsonl").exists():
@@ -174,7 +173,6 @@ def encode(out, datasets):
     Source and target are encoded as one batch: PyTorch is four times slower with one small clip.
     """
     import torch
-    from tqdm import tqdm
 
     import train
     from vae import to_video
@@ -221,8 +219,6 @@ def stage(out, name):
 
 def scores(out, name):
     """Edits and judges the held-out cases with the result of a stage -> OUT/NAME/scores-*."""
-    import world
-
     weights = out / name / "weights"
     weights.mkdir(exist_ok=True)
     folders = {"mllm": "base/mllm", "vae": "base/vae", "instructx": f"{name}/instructx"}
@@ -242,8 +238,6 @@ def ship(out):
 
     Returns the exit code.
     """
-    import world
-
     scored = [name for name in STAGES if (out / "done" / f"score-{name}").exists()]
     if not scored:
         print(f"make.py: error: {out} has no scores yet; make.py score-stage3", file=sys.stderr)
@@ -384,7 +378,8 @@ def run_all(out, goal=None):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "ship"], metavar="PART")
+    text = f"{', '.join(PARTS)} or ship (default: all parts)"
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "ship"], metavar="PART", help=text)
     text = "folder for all that is made (default: runs/shapes of the repository)"
     parser.add_argument("--out", type=Path, default=TOP / "runs" / "shapes", help=text)
     text = "PART only, as make.py itself starts it: nothing else may run in the folder"

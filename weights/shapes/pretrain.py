@@ -4,8 +4,9 @@ They are to it what the official Qwen2.5-VL and Wan2.1 are to the full-size Inst
 
     python weights/shapes/pretrain.py tokenizer vae decoder vision mllm dit --out runs/base
 
-Each name is one part, made in that order since each needs those before it. A part that is cut off
-goes on where it was.
+Each name is one part. Parts are made in the order given; each needs some of those above it. A part
+that is cut off goes on where it was. One that is finished is written again as it was, over what
+came later: to train it anew, delete its state (vae.state.pt ...) first.
     tokenizer  byte-level BPE over the sentences of the world, with Qwen's special tokens
     vae        the tiny WanVAE on images and clips: L1 + KL
     decoder    the VAE's decoder on its own, encoder and latents fixed; at any time, as nothing
@@ -28,7 +29,6 @@ through queries and connector.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -53,6 +53,7 @@ from dit import WanDiT, WanDiTConfig
 from edit import whole
 from mllm import Processor, Qwen2_5_VL, Qwen2_5_VLConfig, VisionConfig
 from sampler import FlowSampler
+from train import Metrics
 from vae import (
     AttentionBlock,
     CausalConv3d,
@@ -83,7 +84,6 @@ DIT = dict(dim=192, ffn_dim=768, num_heads=4, num_layers=6, text_dim=192)
 LOST = ("sketch", "mosaic", "gray", "negative", "fog")  # looks that suffer most in the VAE
 TEXT_LENGTH = 48  # captions are padded to this many tokens, with zeros, as Wan's are to 512
 IMAGES, CLIPS = 12000, 3000  # pictures rendered once and drawn from
-PAINTED = {"image": 12000, "clip": 3000}  # those of them that the DiT learns to paint
 # The kinds that `instruct` draws from: what takes longest to learn most often.
 TAUGHT = ("hybrid",) * 12 + ("swap",) * 3 + ("add", "color", "remove", "ref_swap") * 2
 TAUGHT += ("ref_add", "style", "tone")
@@ -137,7 +137,7 @@ def fit(name, out, model, loss_of, steps, lr, matrices=(), muon_lr=0.02, minutes
         for optimizer, kept in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(kept)
         first = state["step"]
-    log, recent = open(out / f"{name}.jsonl", "a"), {}
+    log, recent = Metrics(out / f"{name}.jsonl", first + 1), {}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=None)
     for step in bar:
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -159,8 +159,7 @@ def fit(name, out, model, loss_of, steps, lr, matrices=(), muon_lr=0.02, minutes
         if step % 20 == 19:
             means = {key: round(sum(values) / len(values), 4) for key, values in recent.items()}
             bar.set_postfix(means)
-            log.write(json.dumps({"step": step + 1, "time": round(time.time(), 1), **means}) + "\n")
-            log.flush()
+            log.write({"step": step + 1, "time": round(time.time(), 1), **means})
             recent.clear()
         if step + 1 == steps or time.time() - saved > 60 * minutes_between_saves:
             states = [optimizer.state_dict() for optimizer in optimizers]
@@ -283,7 +282,7 @@ def make_vae(out, args):
         mean, logvar = vae.moments(video, chunk=2)
         output = vae.reconstruct(mean + torch.randn_like(mean) * (0.5 * logvar).exp(), chunk=2)
         kl, error = divergence(mean, logvar), output - video
-        loss = error.abs().mean() + error.square().mean() + args.kl * kl
+        loss = error.abs().mean() + error.square().mean() + 3e-4 * kl
         return loss, {"clip" if clip else "image": psnr(error), "kl": kl}
 
     fit("vae", out, vae, loss_of, args.vae_steps, lr=1.5e-3)
@@ -415,7 +414,7 @@ def new_mllm(out):
         min_pixels=16 * 16,
         max_pixels=128 * 128,
     )
-    return tokenizer, model, processor
+    return model, processor
 
 
 class Look(torch.nn.Module):
@@ -452,7 +451,7 @@ class Look(torch.nn.Module):
 
 def make_vision(out, args):
     pictures, captions = bank(out)
-    _, model, processor = new_mllm(out)
+    model, processor = new_mllm(out)
     look = Look(model.visual)
 
     def loss_of(step, rng):
@@ -474,7 +473,7 @@ def make_vision(out, args):
 
 
 def make_mllm(out, args):
-    _, model, processor = new_mllm(out)
+    model, processor = new_mllm(out)
     processor.save_pretrained(out / "mllm")
     seeing = torch.load(out / "vision.state.pt", weights_only=True)["model"]
     look = Look(model.visual)
@@ -623,10 +622,8 @@ def make_dit(out, args):
     tokenizer = Tokenizer.from_file(str(out / "mllm" / "tokenizer.json"))
     file = out / "latents.pt"
     if not file.exists():
-        painted = {name: value[: PAINTED[name]] for name, value in pictures.items()}
-        save({name: latents_of(vae, value) for name, value in painted.items()}, file)
-    stored = torch.load(file, weights_only=True)
-    latents = {name: value.clone() for name, value in stored.items()}
+        save({name: latents_of(vae, value) for name, value in pictures.items()}, file)
+    latents = torch.load(file, weights_only=True)
     torch.manual_seed(0)
     dit = WanDiT(WanDiTConfig(**DIT)).initialize()
     print(f"dit: {sum(p.numel() for p in dit.parameters()) / 1e6:.2f} M parameters")
@@ -678,19 +675,18 @@ def main(arguments=None):
     parser.add_argument("parts", nargs="+", choices=PARTS)
     text = "folder for mllm/, vae/, dit/ and all states"
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help=text)
-    parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--vae-steps", type=int, default=2800)
+    parser.add_argument("--decoder-steps", type=int, default=1900)
     parser.add_argument("--refine-steps", type=int, default=2400)
-    parser.add_argument("--vision-steps", type=int, default=1000)
-    parser.add_argument("--mllm-steps", type=int, default=6000)
+    parser.add_argument("--vision-steps", type=int, default=550)
+    parser.add_argument("--mllm-steps", type=int, default=3450)
     parser.add_argument("--instruct-steps", type=int, default=10000)
-    parser.add_argument("--dit-steps", type=int, default=3000)
+    parser.add_argument("--dit-steps", type=int, default=2600)
     text = "for ship: what train.py wrote"
     trained = Path("runs/stage3/instructx")
     parser.add_argument("--trained", type=Path, default=trained, help=text)
     choices, text = ("float32", "bfloat16"), "of all but vae and vision"
     parser.add_argument("--precision", choices=choices, default="float32", help=text)
-    parser.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term of the VAE")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts:

@@ -25,7 +25,7 @@ Success means that all of these hold (mean absolute errors, pixels in [0, 1], ov
 
 T frames, H W pixels; positions and radii are fractions of the frame's side, y pointing down.
 
-    python weights/shapes/world.py make data/train --count 20000 --video-share 0.3 --seed 0
+    python weights/shapes/world.py make data/heldout --count 450 --seed 9 --split heldout
     python weights/shapes/world.py edit data/heldout results
     python weights/shapes/world.py score data/heldout results --json scores.json
     python weights/shapes/world.py show sheet.png --seed 0 --split heldout --weights weights/shapes
@@ -412,6 +412,10 @@ class Draft:
             if len(self.clauses) > 1
             else self.clauses[0]
         )
+        things, ground = self.source.things, self.source.ground
+        is_gray = ground in ("white", "gray") and all(thing.color == "black" for thing in things)
+        if is_gray and self.scene == replace(self.source, look="gray"):
+            raise Redraw  # nothing would change
 
     def belongs_to(self, split):
         if split == "train":
@@ -446,7 +450,7 @@ def sample(seed, video=False, split="train", kind=None, size=64, frames=9):
     """The case of a seed; equal arguments give equal bytes.
 
     video: a clip of `frames` frames rather than an image. kind: one of KINDS, or None to let the
-    seed decide. size: side of the square frame, a multiple of 8. Raises ValueError for an unknown
+    seed decide. size: side of the square frame, a multiple of 16. Raises ValueError for an unknown
     split or kind and for other sizes.
     """
     kind, draft = draw(seed, video, split, kind)
@@ -622,12 +626,10 @@ def stamp(canvas, thing, pad, color, stroke=None):
 def render(scene, size=64, frames=1):
     """The scene as uint8 (frames, size, size, 3).
 
-    Raises ValueError where size is not a multiple of 8.
+    Raises ValueError where size is not a multiple of 16.
     """
-    if size % 8 or size <= 0:
-        raise ValueError(
-            f"size {size} must be a positive multiple of 8, for the mosaic and for the VAE"
-        )
+    if size % 16 or size <= 0:
+        raise ValueError(f"size {size} must be a positive multiple of 16, for the mosaic")
     pad = 4  # a stamp reaches a little past the frame
     sketch = scene.look == "sketch"
     top, bottom = (np.array(color, np.float32) for color in GROUNDS[scene.ground])
@@ -693,8 +695,8 @@ LOOK = {  # what a style or tone does to a picture in [0, 1]; the sketch is draw
 def write_frames(frames, path, clip):
     """An image as path.png, a clip as a folder of frames, both lossless. Returns the name written.
 
-    Not as an animated PNG: Pillow drops a frame that equals the one before, and most things can
-    stand still.
+    Not as an animated PNG: Pillow drops a frame that equals the one before, and in some targets
+    nothing moves.
     """
     if not clip:
         Image.fromarray(frames[0]).save(f"{path}.png", compress_level=1)
@@ -743,7 +745,7 @@ def plan(count, video_share, kinds=KINDS):
         )
 
 
-def make(folder, count, video_share=0.3, seed=0, split="train", size=64, frames=9, kinds=KINDS):
+def make(folder, count, video_share=0.3, seed=0, split="train", frames=9, kinds=KINDS):
     """Writes count cases and, when all are there, data.jsonl.
 
     Raises FileExistsError where a data.jsonl is already.
@@ -763,7 +765,7 @@ def make(folder, count, video_share=0.3, seed=0, split="train", size=64, frames=
         for i, (kind, video) in enumerate(
             tqdm(plan(count, video_share, kinds), "cases", total=count, disable=None)
         ):
-            case = sample(seed * SEEDS + i, video, split, kind, size, frames)
+            case = sample(seed * SEEDS + i, video, split, kind, frames=frames)
             file.write(json.dumps(write_case(case, folder, f"{i:06d}")) + "\n")
     os.replace(unfinished, folder / "data.jsonl")
 
@@ -902,10 +904,13 @@ def edit(data, results, weights):
         if find_result(results, line["id"]) is None:
             references = [read_frames(data / path)[0] for path in line["references"]]
             frames = model.edit(read_frames(data / line["source"]), line["instruction"], references)
-            written = Path(
-                write_frames(frames, results / f"partial-{line['id']}", clip=line["video"])
-            )
-            os.replace(written, results / written.name.removeprefix("partial-"))
+            write_result(frames, results, line["id"], clip=line["video"])
+
+
+def write_result(frames, results, name, clip):
+    """Writes the result of a case, whole or not at all."""
+    written = Path(write_frames(frames, results / f"partial-{name}", clip))
+    os.replace(written, results / written.name.removeprefix("partial-"))
 
 
 def find_result(results, name):
@@ -1099,10 +1104,8 @@ def parse():
     command.add_argument("out", type=Path, help="folder to write to")
     command.add_argument("--count", type=int, default=1000, help="number of cases")
     command.add_argument("--video-share", type=float, default=0.3, help="share of clips among them")
-    command.add_argument(
-        "--size", type=int, default=64, help="side of the frame in pixels, a multiple of 8"
-    )
-    command.add_argument("--frames", type=int, default=9, help="frames of a clip, 4n+1 for the VAE")
+    text = "frames of a clip, an odd number: training drops the last of an even one"
+    command.add_argument("--frames", type=int, default=9, help=text)
     command.add_argument(
         "--kinds",
         nargs="+",
@@ -1150,16 +1153,8 @@ def main():
     parser, args = parse()
     try:
         if args.command == "make":
-            make(
-                args.out,
-                args.count,
-                args.video_share,
-                args.seed,
-                args.split,
-                args.size,
-                args.frames,
-                args.kinds,
-            )
+            cases = args.count, args.video_share, args.seed, args.split
+            make(args.out, *cases, frames=args.frames, kinds=args.kinds)
         elif args.command == "show":
             show(args.out, args.seed, args.video, args.split, args.weights)
         elif args.command == "edit":
