@@ -67,7 +67,7 @@ class InstructXConfig:
     guidance: float = 5.0
     shift: float = 5.0
     solver: str = "unipc"
-    area: int = 0  # of the largest training pictures; edit.py works at this size; 0: any size
+    area: int = 0  # pixels; edit.py scales larger inputs down to this first; 0: any size
     max_references: int = 99
 
     # Differences in Kiwi-Edit, whose weights are public.
@@ -113,7 +113,7 @@ class Connector(nn.Module):
         return self
 
     def queries(self, is_video, has_reference=False):
-        """(Q, D) inputs of the MLLM. They follow the last prompt token, which opens its answer."""
+        """(Q, D) inputs of the MLLM, in the place of its answer (Kiwi-Edit: in the user's turn)."""
         if has_reference and self.reference_queries is not None:
             return self.reference_queries
         return self.video_queries if is_video else self.image_queries
@@ -247,6 +247,7 @@ class InstructX(nn.Module):
             reference_pixels=config.reference_pixels,
             source_first=config.source_first,
         )
+        # With a reference, Kiwi-Edit shows even a single frame as a video.
         if len(frames) == 1 and not (references and config.reference_queries):
             return show(image=frames[0])
         count = min(len(frames), config.mllm_frames)
@@ -274,7 +275,7 @@ class InstructX(nn.Module):
     # Three details of Kiwi-Edit. InstructX has none of them.
 
     def has_reference(self, inputs):
-        """Whether Kiwi-Edit's prompt has a reference: it alone is an image beside a video."""
+        """Whether a prompt of Kiwi-Edit's has a reference: then it holds an image and a video."""
         has_image_and_video = {"pixel_values", "pixel_values_videos"} <= inputs.keys()
         return self.config.reference_queries > 0 and has_image_and_video
 

@@ -1355,7 +1355,7 @@ def name_outputs(args, job, inputs):
             kind = f"{'a clip' if is_clip else 'an image'}; known are {' '.join(options)}"
             raise ValueError(f"{path} has no known extension of {kind}")
         if path.exists() and not (job.output or args.many):
-            raise ValueError(f"{path} exists; -o {path} replaces it")
+            raise ValueError(f"{path} exists; -o {output} replaces it")
         if path == args.progress:
             raise ValueError(f"--progress {path} is the result; name another file")
     for path in filter(None, (*outputs, args.progress)):
@@ -1429,11 +1429,11 @@ def media_writer(path, source, width, note=lambda text: None):
     return clip_writer(path, shape, source.fps, source, note)
 
 
-def windows(frames, total, length, overlap):
+def windows(frames, total, length, overlap, name="the clip"):
     """Cuts `total` frames into windows of `length`: ([frame], how many were in the one before).
 
     The last window is as long as the others, so it shares more. What is shared is `overlap` or
-    more, and 1 + a multiple of 4.
+    more, and 1 + a multiple of 4. Raises ValueError, with a name, if there are fewer than `total`.
     """
     frames, window, done = iter(frames), [], 0
     while done < total:
@@ -1441,7 +1441,7 @@ def windows(frames, total, length, overlap):
         shared = max(overlap, (length - left - 1) // 4 * 4 + 1) if done else 0
         new = list(itertools.islice(frames, min(left, length - shared)))
         if not new:
-            raise ValueError("the clip became shorter while it was read")
+            raise ValueError(f"{name} became shorter while it was read")
         window = [*window[len(window) - shared :], *new]
         yield window, shared
         done += len(window) - shared
@@ -1473,7 +1473,8 @@ def edit(args, job, outputs, loaded):
         phases("load", 0, 1)
         model, phases.device = loaded()
         settings = args.steps, args.guidance, job.seed, float(source.fps or 16), phases
-        for window, shared in windows(frames, source.length, args.frames, args.overlap):
+        lengths = source.length, args.frames, args.overlap
+        for window, shared in windows(frames, *lengths, name=job.source):
             known = {"start": np.stack(results[-shared:])} if shared else {}
             if draw and not done:  # the first window
                 known["watch"] = lambda z: expected.append(z[:, :, :1].clone())

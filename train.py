@@ -13,8 +13,8 @@
 Data are JSON lines, one edit each: {"source": FILE, "target": FILE, "instruction": TEXT} and
 optionally "references": [FILE, ...], or CSV in Kiwi-Edit's format. Paths are relative to the data
 file. A clip is a video file or a folder of frames. A broken edit is reported and skipped. --out
-receives metrics.jsonl, curves.png,
-validation/, checkpoints/ and at the end instructx/, which edit.py takes as --instructx.
+receives metrics.jsonl, curves.png, validation/, checkpoints/ and at the end instructx/, which
+edit.py takes as --instructx.
 
 What is unusual: the samples of a step, their noise, σ and dropped instructions depend on (seed,
 step) alone. So there is no loader state to save, and reading ahead changes nothing. The same
@@ -729,10 +729,10 @@ def train(args, build, validate):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(parameters, args)
     pairs = read_pairs(args, args.data, model)
-    # edit.py works at the size of the largest training pictures.
-    sizes = [shape[0] for bucket in pairs.buckets.values() for shape in bucket]
-    areas = [height * width for _, height, width in sizes]
-    model.config.area = max(model.config.area, *areas)
+    if "area" not in args.config:  # at which edit.py works: that of the largest training pictures
+        sizes = [shape[0] for bucket in pairs.buckets.values() for shape in bucket]
+        areas = [height * width for _, height, width in sizes]
+        model.config.area = max(model.config.area, *areas)
     held_out = read_held_out(args, model) if args.validate else []
     loader = Loader(args, model, pairs)
     checkpoints = Checkpoints(args, parameters, optimizers, pairs.digest)
@@ -744,7 +744,7 @@ def train(args, build, validate):
     if held_out and first_step == 0:
         metrics.write(timed_validation(validate, args, model, loader, held_out, 0))
 
-    bad_steps, began = 0, time.perf_counter()
+    bad_steps, peak, began = 0, 0, time.perf_counter()
     batches = read_ahead(loader.step, first_step, args.steps)
     bar = tqdm(batches, f"stage {args.stage}", args.steps, initial=first_step, disable=QUIET)
     with stop_signals() as signals:
@@ -777,8 +777,8 @@ def train(args, build, validate):
             # A line of the log.
             row = dict(step=step, video=video, samples=len(rows), loss=loss if rows else None)
             row |= dict(gradient=norm, lr=learning_rate(step, args, args.lr), used=finite)
-            gigabytes = round(peak_memory(str(args.device)) / 1e9, 2)
-            row |= dict(broken=len(pairs.broken), memory=gigabytes)
+            peak = max(peak, peak_memory(str(args.device)))
+            row |= dict(broken=len(pairs.broken), memory=round(peak / 1e9, 2))
             seconds = time.perf_counter() - began
             metrics.write(row | {"seconds": round(seconds, 3), "waited": round(waited, 3)})
             bar.set_postfix(loss=loss, gradient=norm, refresh=False)

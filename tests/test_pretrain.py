@@ -88,7 +88,10 @@ def test_goes_on_where_it_was(part, few, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         run(monkeypatch, tmp_path / "halves", part, f"--{part}-steps", 4)
     monkeypatch.setattr(pretrain, "fit", fit)
+    log = tmp_path / "halves" / f"{part}.jsonl"
+    log.write_text('{"step": 20, "loss": 0.5}\n')  # of a later step, which runs again
     run(monkeypatch, tmp_path / "halves", part, f"--{part}-steps", 4)
+    assert not log.read_text()
     kept = {"refine": "vae", "instruct": "mllm"}.get(part, part)
     whole = load_file(tmp_path / "whole" / kept / "model.safetensors")
     halves = load_file(tmp_path / "halves" / kept / "model.safetensors")

@@ -14,8 +14,7 @@ For each way: errors inside and outside as world.py defines them, of the two fra
 all others, and the jump there: how much the change from frame to frame differs from the target's,
 in levels of 255. Where the first window misses its edit, `held` carries the mistake on; so the
 errors also come without the clips of which any way misses the edit: a mean error inside of 0.3 or
-more, away from joins. A clip takes a minute on
-one CPU core.
+more, away from joins. A clip takes a minute on one CPU core.
 """
 
 import argparse

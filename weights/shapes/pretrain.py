@@ -6,7 +6,8 @@ They are to it what the official Qwen2.5-VL and Wan2.1 are to the full-size Inst
 
 Each name is one part. Parts are made in the order given; each needs some of those above it. A part
 that is cut off goes on where it was. One that is finished is written again as it was, over what
-came later: to train it anew, delete its state (vae.state.pt ...) first.
+came later (decoder after refine would be wrong). To train one anew, delete its state first
+(vae.state.pt ...), and for dit after a new VAE latents.pt too.
     tokenizer  byte-level BPE over the sentences of the world, with Qwen's special tokens
     vae        the tiny WanVAE on images and clips: L1 + KL
     decoder    the VAE's decoder on its own, encoder and latents fixed; at any time, as nothing
