@@ -304,11 +304,18 @@ def open_clip(path):
 
 def count_frames(path):
     """How many frames a clip shows. Decodes nothing; raises MediaError if its end is missing."""
+    status = path.stat()
+    return count_in(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)  # `media_shape` and `read_frames` ask one after the other
+def count_in(path, file_size, changed):
+    """See `count_frames`."""
     total, end, size, has_key_frame = 0, 0.0, 0, False
     with open_clip(path) as (container, track):
         for packet in container.demux():
             size += max(1, packet.size)
-            if size > 2 * path.stat().st_size + 1_000_000:
+            if size > 2 * file_size + 1_000_000:
                 raise MediaError(f"{path} is damaged: it claims more frames than it has bytes for")
             if not packet.size:
                 continue
@@ -774,28 +781,39 @@ def carry(container, source, codecs, end):
             for name in {"language", "title"} & set(track.metadata):
                 new.metadata[name] = track.metadata[name]
             added[track.index] = new
+
+        def encode_sound(track, packet):  # None empties the decoder
+            with contextlib.suppress(av.InvalidDataError):  # a damaged packet is passed over
+                for frame in track.decode(packet):
+                    if frame.pts is not None:  # the last of WMA has none: it follows on
+                        frame.pts -= round(source.start / frame.time_base)
+                    container.mux(added[track.index].encode(frame))
+
+        ended = set()
         for packet in original.demux(tracks):
-            new = added[packet.stream.index]
-            if packet.size:
-                packet.pts = packet.dts if packet.pts is None else packet.pts
-                seconds = float(packet.pts * packet.time_base - source.start)
-                lasts = float((packet.duration or 0) * packet.time_base)
-                if seconds >= end or seconds + lasts < -LEAD_IN:
-                    continue
-            if codecs[packet.stream.index]:
-                with contextlib.suppress(av.InvalidDataError):  # a damaged packet is passed over
-                    for frame in packet.decode():
-                        if frame.pts is not None:  # the last of WMA has none: it follows on
-                            frame.pts -= round(source.start / frame.time_base)
-                        container.mux(new.encode(frame))
-            elif packet.size:
+            if not packet.size:
+                continue
+            track = packet.stream
+            packet.pts = packet.dts if packet.pts is None else packet.pts
+            seconds = float(packet.pts * packet.time_base - source.start)
+            lasts = float((packet.duration or 0) * packet.time_base)
+            if seconds >= end:
+                ended.add(track.index)
+                if len(ended) == len(tracks):  # what follows in a long film is not read
+                    break
+            elif seconds + lasts < -LEAD_IN:
+                continue
+            elif codecs[track.index]:
+                encode_sound(track, packet)
+            else:
                 shift = round(source.start / packet.time_base)
                 packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                packet.stream = new
+                packet.stream = added[track.index]
                 container.mux(packet)
-        for index, new in added.items():
-            if codecs[index]:
-                container.mux(new.encode(None))
+        for track in tracks:
+            if codecs[track.index]:
+                encode_sound(track, None)
+                container.mux(added[track.index].encode(None))
 
 
 def fits(format_name, source, codecs, end):
