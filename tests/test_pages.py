@@ -69,8 +69,9 @@ def test_commands_of_the_readme_have_such_options():
     }
     for script, *words in lines:
         used = {word for word in words if word.startswith("-")}
-        if script == "tests/full_size.py":  # hands what it does not know to edit.py
-            used -= options("edit.py")
+        hand_on = {"tests/full_size.py": "edit.py", "tests/plan.py": "train.py"}
+        if script in hand_on:  # what it does not know
+            used -= options(hand_on[script])
         with_commands = "weights/shapes/world.py", "tests/score.py"
         command = words[:1] if script in with_commands else []
         assert used <= options(script, *command), f"{script} {used}"

@@ -47,7 +47,7 @@ def draw(count):
 
 def held(model, case, overlap):
     """Edits the windows in turn -> (result, first frames of the windows). overlap 0: apart."""
-    pieces, joins, done = [], [], 0
+    pieces, joins, done, result = [], [], 0, None
     for frames, shared in windows(case.source, LENGTH, WINDOW, overlap):
         if not overlap:
             frames, shared = frames[shared:], 0
