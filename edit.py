@@ -1259,7 +1259,7 @@ def check_arguments(args):
         raise ValueError(f"--overlap {args.overlap} of --frames {args.frames}: {rule}")
     if not args.batch and not args.instruction.strip():
         raise ValueError("the instruction is empty; say what to do")
-    if os.path.exists(args.instruction):
+    if os.path.isfile(args.instruction) or args.instruction.endswith(("/", os.sep)):
         raise ValueError(f"{args.instruction} is a file or a folder; the instruction comes last")
     if not args.weights.is_dir():
         raise ValueError(f"--weights {args.weights}: there is no such folder")

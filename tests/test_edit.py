@@ -1143,6 +1143,16 @@ def test_alpha(negative, tmp_path, capsys):
     assert np.array_equal(result[..., 3], np.where(alpha < 128, 0, 255))
 
 
+def test_an_instruction_may_be_the_name_of_a_folder(negative, photo, tmp_path, monkeypatch, capsys):
+    """The word night is no mistake where the results of an earlier edit lie in night/."""
+    monkeypatch.chdir(tmp_path)
+    Path("night").mkdir()
+    options = ("-o", "a.png", "--weights", tmp_path)
+    assert run(capsys, photo, "night", *options)[0] == 0
+    code, _, err = run(capsys, photo, "night/", *options)
+    assert code == 2 and "night/ is a file or a folder" in err
+
+
 def test_a_webp_has_little_room(negative, tmp_path, capsys):
     """It shows only on saving, after hours of work."""
     Image.new("RGB", (9000, 90)).save(tmp_path / "in.png")
