@@ -770,11 +770,11 @@ CLASSES = {
 def locate(folder, instructx=None):
     """Paths of the models: {"mllm", "dit", "vae" and, after training, "instructx": path}.
 
-    Kiwi-Edit has two more, "processor" and "mllm_config".
-    Folders named mllm, dit, vae and instructx come first. Otherwise config.json identifies the
-    model of a folder, so the official downloads can lie side by side unchanged. The VAE may be a
-    file Wan2.?_VAE.*. `instructx` replaces the one in `folder`. Raises FileNotFoundError for a
-    missing model, ValueError for a duplicate.
+    Kiwi-Edit has two more, "processor" and "mllm_config". Folders named mllm, dit, vae and
+    instructx come first. Otherwise config.json identifies the model of a folder, so the official
+    downloads can lie side by side unchanged. The VAE may be a file Wan2.?_VAE.*. `instructx`
+    replaces the one in `folder`. Raises FileNotFoundError for a missing model, ValueError for a
+    duplicate.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -310,7 +310,7 @@ def count_frames(path):
 
 @functools.lru_cache(maxsize=16)  # `media_shape` and `read_frames` ask one after the other
 def count_in(path, file_size, changed):
-    """See `count_frames`."""
+    """See `count_frames`. `changed` is there for the cache alone: another time, another file."""
     total, end, size, has_key_frame = 0, 0.0, 0, False
     with open_clip(path) as (container, track):
         for packet in container.demux():

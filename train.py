@@ -856,7 +856,7 @@ def validate(args, model, loader, held_out, step):
             try:
                 result = render(args, model, loader, pair, shape)
             except FloatingPointError:
-                result = np.zeros_like(source)  # black
+                result = np.zeros_like(source)  # a picture of NaN is shown black
             rows.append((pair.instruction, source, result, target))
     if IS_FIRST:
         file = args.out / "validation" / f"step-{step:07d}.png"

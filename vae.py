@@ -2,9 +2,9 @@
 
 It turns (B, 3, T, H, W) video in [-1, 1] into (B, 16, F, h, w) latents: 8 times smaller in height
 and width, 4 times in time (Wan2.2: 48 channels, 16 times smaller). They are the posterior's mean,
-normalised; nothing is sampled. The VAE is causal in time. Two rules define its behaviour. The official
-code (wan/modules/vae.py of Wan2.1) and diffusers (AutoencoderKLWan) implement them by feature
-caches:
+normalised; nothing is sampled. The VAE is causal in time. Two rules define its behaviour. The
+official code (wan/modules/vae.py of Wan2.1) and diffusers (AutoencoderKLWan) implement them by
+feature caches:
 
   1. every convolution over time sees only the present and the past; before the clip the past is
      zeros;

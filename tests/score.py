@@ -513,15 +513,15 @@ def judge(args):
             raise ValueError(f"{args.results} has replies of other settings: {change}")
     pairs = list(itertools.product(rows, benchmark.questions))
     states = [reply_of(*pair, replies, args.results)[0] for pair in pairs]
-    todo = [pair for pair, state in zip(pairs, states) if state == "not judged"]
+    unjudged = [pair for pair, state in zip(pairs, states) if state == "not judged"]
     failed, absent = 0, states.count("no result")
-    if todo:
+    if unjudged:
         loaded = load_judge(args, settings["device"])
         with whole(args.results / "judge.json") as unfinished:
             unfinished.write_text(json.dumps(settings, indent=2) + "\n")
         with open(args.results / "replies.jsonl", "ab") as log:
             log.truncate(end)
-            for pair in tqdm(todo, "judged", disable=None):
+            for pair in tqdm(unjudged, "judged", disable=None):
                 failed += not ask(*pair, benchmark, prompts, loaded, args.results, log)
     there = len(pairs) - absent - failed
     print(f"{there} of {len(pairs)} replies, {absent} without a result, {failed} failed")
