@@ -964,7 +964,7 @@ class Metrics:
         panel(draw, (0, 0), "loss", losses, width=1200)
         gradient, rate = ([(row["step"], row[key]) for row in steps] for key in ("gradient", "lr"))
         panel(draw, (0, 400), "norm of the gradient", {"": gradient})
-        panel(draw, (600, 400), "learning rate", {"": rate}, linear=True)
+        panel(draw, (600, 400), "learning rate", {"": rate}, exact=True)
         with whole(self.file.with_name("curves.png")) as partial:
             page.save(partial, format="PNG")
 
@@ -972,24 +972,28 @@ class Metrics:
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
-def panel(draw, corner, title, curves, width=600, height=400, linear=False):
-    """One plot of {name: [(x, y or None)]}: curves smoothed over what they were, named at ends.
+def panel(draw, corner, title, curves, width=600, height=400, exact=False):
+    """One plot of {name: [(x, y or None)]}: smooth lines over faint ones, named at their ends.
 
-    The y axis is logarithmic if the curves span more than a factor of 5, unless `linear`.
+    The y axis is logarithmic if the lines span more than a factor of 3. With `exact` nothing is
+    smoothed, and the axis is linear from 0.
     """
     lines = {}
     for name, curve in curves.items():
         finite = [(x, y) for x, y in curve if y is not None and math.isfinite(y)]
         if finite:
             x, y = np.array(finite, float).T
-            lines[name] = x, y, smooth(y)
+            lines[name] = (x, y, y) if exact else (x, smooth(y, 300), smooth(y, 15))
     if not lines:
         return
     smoothed = np.concatenate([values for _, _, values in lines.values()])
     low, high = smoothed.min(), smoothed.max()
-    logarithmic = not linear and low > 0 and high > 5 * low
+    logarithmic = not exact and low > 0 and high > 3 * low
     scale = np.log10 if logarithmic else np.asarray
-    low = 0.0 if not logarithmic and 0 < low < high / 2 else low
+    if logarithmic:  # room for the faint lines
+        low, high = low / 1.2, high * 1.2
+    elif exact or 0 < low < high / 2:
+        low = 0.0
     last = max(x[-1] for x, _, _ in lines.values())
     first = min(x[0] for x, _, _ in lines.values())
     left, right = corner[0] + 70, corner[0] + width - 120
@@ -1008,22 +1012,27 @@ def panel(draw, corner, title, curves, width=600, height=400, linear=False):
     for value in round_numbers(first, last):
         x = place(value, high)[0]
         draw.text((x, bottom + 8), f"{value:g}", "black", anchor="mt", font_size=12)
+
+    def line(x, y, color, width):
+        points = np.stack(place(x, np.maximum(y, low)), axis=1)
+        draw.line(points.flatten().tolist(), color, width)
+
+    for (x, y, _), color in zip(lines.values(), COLORS):
+        faint = tuple(255 - (255 - level) // 3 for level in ImageColor.getrgb(color))
+        line(x, y, faint, 1)
     ends = []
-    for (name, (x, y, values)), color in zip(lines.items(), COLORS):
-        faint = tuple(255 - (255 - level) // 4 for level in ImageColor.getrgb(color))
-        raw = place(x, np.maximum(y, low))
-        draw.line(np.stack(raw, axis=1).flatten().tolist(), faint)
-        draw.line(np.stack(place(x, values), axis=1).flatten().tolist(), color, 2)
-        ends.append((float(place(x[-1], values[-1])[1]), name, color))
+    for (name, (x, _, y)), color in zip(lines.items(), COLORS):
+        line(x, y, color, 2)
+        ends.append((float(place(x[-1], y[-1])[1]), name, color))
     free = -math.inf
     for y, name, color in sorted(ends):
         free = max(y, free + 15)  # no label on another
         draw.text((right + 8, free), name, color, anchor="lm", font_size=13)
 
 
-def smooth(values):
-    """Means over a window of a fifteenth of the curve, less at its ends."""
-    count, half = len(values), len(values) // 30
+def smooth(values, parts):
+    """Means over a window of the curve's length / parts, over less at its ends."""
+    count, half = len(values), len(values) // (2 * parts)
     sums = np.insert(np.cumsum(values), 0, 0.0)
     first = np.maximum(np.arange(count) - half, 0)
     last = np.minimum(np.arange(count) + half + 1, count)
