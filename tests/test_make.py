@@ -106,6 +106,15 @@ def test_a_folder_has_one_run(run, tmp_path, capsys):
     assert run()[0] == 0
 
 
+def test_a_folder_has_one_recipe(run, monkeypatch, capsys):
+    """A changed setting would hold for some parts alone, and the scores would be of neither."""
+    assert run({"vision": 1})[0] == 1
+    monkeypatch.setitem(make.CONFIG, "image_queries", 8)
+    assert run()[:2] == (2, []) and "another recipe" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run()[0] == 0
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -84,11 +84,11 @@ PARTS = {
     "dit": Part(14, ("decoder", "tokenizer"), 2600),
     "data": Part(2, ("mllm",)),  # not earlier: from bank to dit takes longest
     "instruct": Part(49, ("mllm",), 10000),
-    "latents": Part(15, ("mllm", "dit", "data")),
+    "latents": Part(22, ("mllm", "dit", "data")),
     "more": Part(14, ("latents",)),
     "stage1": Part(4, ("instruct", "latents"), 800, 2),
     "stage2": Part(12, ("stage1",), 1600, 2),
-    "stage3": Part(140, ("stage2",), 20000, 2),
+    "stage3": Part(147, ("stage2",), 20000, 2),
     "score-stage3": Part(11, ("stage3",), 0, 2),
     "longer": Part(315, ("stage3", "more"), 45000, 2),
     "score-longer": Part(11, ("longer",), 0, 2),
@@ -318,15 +318,30 @@ def end(processes):
             process.kill()
 
 
+def other_recipe(out):
+    """Whether a folder was begun with other data, steps or settings. A new one keeps these."""
+    steps = {name: part.steps for name, part in PARTS.items()}
+    recipe = {"data": DATA | MORE, "held out": HELD_OUT, "steps": steps, "config": CONFIG}
+    text, file = json.dumps(recipe, indent=1) + "\n", out / "recipe.json"
+    if not file.exists():
+        with whole(file) as partial:
+            partial.write_text(text)
+    return file.read_text() != text
+
+
 def run_all(out, goal=None):
     """Runs what is not done of all parts, or of those that a goal needs -> exit code."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
     (out / "done").mkdir(exist_ok=True)
-    lock = open(out / ".lock", "w")
+    lock, problem = open(out / ".lock", "w"), ""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if other_recipe(out):
+            problem = f"{out / 'recipe.json'} is of another recipe than make.py; name another --out"
     except BlockingIOError:
         problem = f"parts run in {out}; let them end, or name another --out"
+    if problem:
+        lock.close()
         print(f"make.py: error: {problem}", file=sys.stderr)
         return 2
     wanted = needed(goal) if goal else PARTS
