@@ -996,7 +996,8 @@ def panel(draw, corner, title, curves, width=600, height=400, exact=False):
         low = 0.0
     last = max(x[-1] for x, _, _ in lines.values())
     first = min(x[0] for x, _, _ in lines.values())
-    left, right = corner[0] + 70, corner[0] + width - 120
+    longest = max(draw.textlength(name, font_size=13) for name in lines)
+    left, right = corner[0] + 70, corner[0] + width - 20 - longest
     top, bottom = corner[1] + 40, corner[1] + height - 40
 
     def place(x, y):
@@ -1024,10 +1025,11 @@ def panel(draw, corner, title, curves, width=600, height=400, exact=False):
     for (name, (x, _, y)), color in zip(lines.items(), COLORS):
         line(x, y, color, 2)
         ends.append((float(place(x[-1], y[-1])[1]), name, color))
-    free = -math.inf
-    for y, name, color in sorted(ends):
-        free = max(y, free + 15)  # no label on another
-        draw.text((right + 8, free), name, color, anchor="lm", font_size=13)
+    free = bottom
+    for y, name, color in sorted(ends, reverse=True):
+        y = min(y, free)
+        draw.text((right + 8, y), name, color, anchor="lm", font_size=13)
+        free = y - 15  # no label on another
 
 
 def smooth(values, parts):

@@ -704,16 +704,17 @@ def dots(draw, corner, title, columns, width, height):
     top, bottom = corner[1] + 40, corner[1] + height - 40
     columns = {name: values for name, values in columns.items() if values}
     everything = [value for values in columns.values() for value in values]
-    low, high = min(everything), max(everything)
+    low, high = min(everything), max(everything) or 1
+    low = 0 if low < high / 2 or low == high else low
 
     def y_of(value):
-        return bottom - 8 - (value - low) / ((high - low) or 1) * (bottom - top - 16)
+        return bottom - 8 - (value - low) / (high - low) * (bottom - top - 16)
 
     draw.text((left, corner[1] + 12), title, "black", font_size=16)
-    for value in sorted({low, (low + high) / 2, high}):
+    for value in train.round_numbers(low, high):
         y = y_of(value)
         draw.line((left, y, right, y), "#dddddd")
-        draw.text((left - 8, y), f"{value:.3g}", "black", anchor="rm", font_size=12)
+        draw.text((left - 8, y), f"{value:g}", "black", anchor="rm", font_size=12)
     for i, (name, values) in enumerate(columns.items()):
         x, y = left + (i + 0.5) * (right - left) / len(columns), y_of(statistics.mean(values))
         draw.line((x - 16, y, x + 16, y), train.COLORS[i], 2)
