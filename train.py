@@ -975,10 +975,10 @@ COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 def panel(draw, corner, title, curves, width=600, height=400, exact=False):
     """One plot of {name: [(x, y or None)]}: smooth lines over faint ones, named at their ends.
 
-    The y axis is logarithmic if the lines span more than a factor of 3. With `exact` nothing is
-    smoothed, and the axis is linear from 0.
+    The y axis is logarithmic if the smooth lines span more than a factor of 3. With `exact` nothing
+    is smoothed, and the axis is linear from 0.
     """
-    lines = {}
+    lines = {}  # {name: (x, faint y, smooth y)}
     for name, curve in curves.items():
         finite = [(x, y) for x, y in curve if y is not None and math.isfinite(y)]
         if finite:
@@ -986,41 +986,38 @@ def panel(draw, corner, title, curves, width=600, height=400, exact=False):
             lines[name] = (x, y, y) if exact else (x, smooth(y, 300), smooth(y, 15))
     if not lines:
         return
-    smoothed = np.concatenate([values for _, _, values in lines.values()])
-    low, high = smoothed.min(), smoothed.max()
+    xs, faint, smoothed = (np.concatenate(values) for values in zip(*lines.values()))
+    first, last, low, high = xs.min(), xs.max(), smoothed.min(), smoothed.max()
     logarithmic = not exact and low > 0 and high > 3 * low
     scale = np.log10 if logarithmic else np.asarray
-    if logarithmic:  # room for the faint lines
-        low, high = low / 1.2, high * 1.2
-    elif exact or 0 < low < high / 2:
+    if exact or not logarithmic and 0 < low < high / 2:
         low = 0.0
-    last = max(x[-1] for x, _, _ in lines.values())
-    first = min(x[0] for x, _, _ in lines.values())
+    else:  # room for the faint line, but not for all that stands out of it
+        low = min(low, max(faint.min(), low / 1.5))
+    high = max(high, min(faint.max(), 1.5 * high))
     longest = max(draw.textlength(name, font_size=13) for name in lines)
     left, right = corner[0] + 70, corner[0] + width - 20 - longest
     top, bottom = corner[1] + 40, corner[1] + height - 40
 
     def place(x, y):
         across = (x - first) / max(last - first, 1e-12)
-        up = (scale(y) - scale(low)) / max(scale(high) - scale(low), 1e-12)
-        return left + across * (right - left), bottom - up.clip(0, 1) * (bottom - top)
+        up = (scale(np.clip(y, low, high)) - scale(low)) / max(scale(high) - scale(low), 1e-12)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
     draw.text((left, corner[1] + 12), title, "black", font_size=16)
     for value in round_numbers(low, high, logarithmic):
-        y = place(first, np.float64(value))[1]
+        y = place(first, value)[1]
         draw.line((left, y, right, y), "#dddddd")
         draw.text((left - 8, y), f"{value:g}", "black", anchor="rm", font_size=12)
     for value in round_numbers(first, last):
         x = place(value, high)[0]
         draw.text((x, bottom + 8), f"{value:g}", "black", anchor="mt", font_size=12)
 
-    def line(x, y, color, width):
-        points = np.stack(place(x, np.maximum(y, low)), axis=1)
-        draw.line(points.flatten().tolist(), color, width)
+    def line(x, y, color, thickness):
+        draw.line(np.stack(place(x, y), axis=1).flatten().tolist(), color, thickness)
 
     for (x, y, _), color in zip(lines.values(), COLORS):
-        faint = tuple(255 - (255 - level) // 3 for level in ImageColor.getrgb(color))
-        line(x, y, faint, 1)
+        line(x, y, tuple(255 - (255 - level) // 3 for level in ImageColor.getrgb(color)), 1)
     ends = []
     for (name, (x, _, y)), color in zip(lines.items(), COLORS):
         line(x, y, color, 2)
@@ -1033,7 +1030,7 @@ def panel(draw, corner, title, curves, width=600, height=400, exact=False):
 
 
 def smooth(values, parts):
-    """Means over a window of the curve's length / parts, over less at its ends."""
+    """Means over a window of 1 / `parts` of the curve, shorter at its ends."""
     count, half = len(values), len(values) // (2 * parts)
     sums = np.insert(np.cumsum(values), 0, 0.0)
     first = np.maximum(np.arange(count) - half, 0)
@@ -1047,7 +1044,7 @@ def round_numbers(low, high, logarithmic=False):
     candidates = [factor * power for power in powers for factor in (1, 2, 5)]
     if logarithmic:
         return [value for value in candidates if low <= value <= high] or [low, high]
-    step = next((value for value in candidates if value >= (high - low) / 5), 1.0)
+    step = next((value for value in candidates if value >= (high - low) / 5), high - low)
     return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from signal import SIG_DFL, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
@@ -108,10 +109,12 @@ def test_a_folder_has_one_run(run, tmp_path, capsys):
 
 def test_a_folder_has_one_recipe(run, monkeypatch, capsys):
     """A changed setting would hold for some parts alone, and the scores would be of neither."""
-    assert run({"vision": 1})[0] == 1
-    monkeypatch.setitem(make.CONFIG, "image_queries", 8)
-    assert run()[:2] == (2, []) and "another recipe" in capsys.readouterr().err
+    assert run({"stage2": 1})[0] == 1
+    monkeypatch.setitem(make.CONFIG, "image_queries", 8)  # of stage1, which is done
+    assert run()[:2] == (2, []) and "has stage1 by other settings" in capsys.readouterr().err
     monkeypatch.undo()
+    longer = replace(make.PARTS["longer"], steps=9)  # which has not begun
+    monkeypatch.setitem(make.PARTS, "longer", longer)
     assert run()[0] == 0
 
 

@@ -6,7 +6,7 @@
 
 Parts run on two cores, two beside each other where neither needs the other. A part that was killed
 goes on where it was; a set of data that was being drawn is drawn again. OUT/logs has what they
-print, and OUT/minutes.json the minutes of each.
+print, OUT/minutes.json the minutes of each and of all but the scores.
 """
 
 import argparse
@@ -79,9 +79,9 @@ PARTS = {
     "mllm": Part(39, ("vision",), 3450),
     # Refined at once: whatever is trained on latents has to start again when they change.
     "vae": Part(24, ("bank",), 2800),
-    "refine": Part(21, ("vae",), 2400),
+    "refine": Part(20, ("vae",), 2400),
     "decoder": Part(12, ("refine",), 1900),
-    "dit": Part(14, ("decoder", "tokenizer"), 2600),
+    "dit": Part(13, ("decoder", "tokenizer"), 2600),
     "data": Part(2, ("mllm",)),  # not earlier: from bank to dit takes longest
     "instruct": Part(49, ("mllm",), 10000),
     "latents": Part(22, ("mllm", "dit", "data")),
@@ -170,7 +170,7 @@ def command_line(out, name):
 def encode(out, datasets):
     """The latents of all sources and targets of datasets, for the stages.
 
-    Source and target are encoded as one batch: PyTorch is four times slower with one small clip.
+    Source and target are encoded as one batch: PyTorch is five times slower with one small clip.
     """
     import torch
 
@@ -318,37 +318,46 @@ def end(processes):
             process.kill()
 
 
-def other_recipe(out):
-    """Whether a folder was begun with other data, steps or settings. A new one keeps these."""
-    steps = {name: part.steps for name, part in PARTS.items()}
-    recipe = {"data": DATA | MORE, "held out": HELD_OUT, "steps": steps, "config": CONFIG}
-    text, file = json.dumps(recipe, indent=1) + "\n", out / "recipe.json"
-    if not file.exists():
-        with whole(file) as partial:
-            partial.write_text(text)
-    return file.read_text() != text
+def recipe(name):
+    """What in this file decides the result of a part, as text."""
+    drawn = {"data": [DATA, HELD_OUT], "more": MORE}.get(name)
+    stage = command_line(Path(), name) if name in STAGES else None
+    return json.dumps([PARTS[name].steps, drawn, stage])
 
 
 def run_all(out, goal=None):
     """Runs what is not done of all parts, or of those that a goal needs -> exit code."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
     (out / "done").mkdir(exist_ok=True)
-    lock, problem = open(out / ".lock", "w"), ""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if other_recipe(out):
-            problem = f"{out / 'recipe.json'} is of another recipe than make.py; name another --out"
-    except BlockingIOError:
-        problem = f"parts run in {out}; let them end, or name another --out"
-    if problem:
-        lock.close()
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"parts run in {out}; let them end, or name another --out"
+            print(f"make.py: error: {problem}", file=sys.stderr)
+            return 2
+        return run_parts(out, needed(goal) if goal else PARTS, lock)
+
+
+def read(file, default):
+    return json.loads(file.read_text()) if file.exists() else default
+
+
+def write(file, values):
+    with whole(file) as partial:
+        partial.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def run_parts(out, wanted, lock):
+    """What `run_all` does once the folder is its own."""
+    begun = read(out / "begun.json", {})  # {part: recipe}
+    changed = [name for name in PARTS if begun.get(name, recipe(name)) != recipe(name)]
+    if changed:
+        problem = f"{out} has {', '.join(changed)} by other settings; name another --out"
         print(f"make.py: error: {problem}", file=sys.stderr)
         return 2
-    wanted = needed(goal) if goal else PARTS
     waiting = [name for name in PARTS if name in wanted and not (out / "done" / name).exists()]
-    file, minutes, running, before = out / "minutes.json", {"all": 0.0}, {}, time.monotonic()
-    if file.exists():
-        minutes = json.loads(file.read_text())
+    minutes, running, before = read(out / "minutes.json", {"all": 0.0}), {}, time.monotonic()
     bar = tqdm(bar_format="{desc}", leave=False, disable=None)  # shown on a terminal only
     try:
         while waiting or running:
@@ -357,13 +366,15 @@ def run_all(out, goal=None):
                 used = sum(PARTS[other].cores for other in running)
                 if ready and used + PARTS[name].cores <= 2:
                     waiting.remove(name)
+                    begun[name] = recipe(name)
+                    write(out / "begun.json", begun)
                     running[name] = start(out, name, lock)
             time.sleep(1)
             passed, before = (time.monotonic() - before) / 60, time.monotonic()
-            for name in ("all", *running):
+            only_scores = all(name.startswith("score-") for name in running)
+            for name in running if only_scores else ("all", *running):
                 minutes[name] = minutes.get(name, 0.0) + passed
-            with whole(file) as partial:
-                partial.write_text(json.dumps(minutes, indent=1) + "\n")
+            write(out / "minutes.json", minutes)
             for name, process in list(running.items()):
                 code = process.poll()
                 if code is None:
@@ -379,7 +390,7 @@ def run_all(out, goal=None):
                 shares = ", ".join(f"{name} {100 * progress(out, name):.0f} %" for name in running)
                 left = minutes_left(out, [*waiting, *running])
                 bar.set_description_str(f"{shares}; about {left:.0f} minutes left")
-        bar.write(f"all: {minutes['all']:.1f} minutes")
+        bar.write(f"all but scores: {minutes['all']:.1f} minutes")
         return 0
     except KeyboardInterrupt:
         bar.write("make.py: interrupted; the same command goes on", sys.stderr)
@@ -387,7 +398,6 @@ def run_all(out, goal=None):
     finally:
         bar.close()
         end(running.values())
-        lock.close()
 
 
 def main():

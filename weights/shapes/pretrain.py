@@ -19,7 +19,7 @@ came later (decoder after refine would be wrong). To train one anew, delete its 
     mllm       the tiny Qwen2.5-VL learns to see and to speak: captions, questions, and what a
                picture would show once an instruction were carried out, each a text to write. No
                pixel is edited here: editing is what train.py teaches
-    instruct   the MLLM again, on what edits lead to, nearly half of them of two parts
+    instruct   the MLLM again, on what edits lead to, half of them of two parts
     dit        the tiny WanDiT learns to paint from captions: flow matching, in the place of Wan's
                text-to-video training
     ship       after train.py: the files beside this script, from --out and --trained
