@@ -873,10 +873,11 @@ def offload_blocks(blocks, read, device):
     """Keeps the weights of `blocks` in their files: the same result with far less memory.
 
     read(i) -> {name: (tensor, dtype)} of block i. While one block runs, a thread copies the
-    weights of the next. Two buffers take turns, so no memory is allocated between blocks.
+    weights of the next. Two buffers take turns, so no memory is allocated between blocks. For a GPU
+    the weights pass through pinned memory, from which it copies several times faster.
     """
     device = torch.device(device)
-    reader, pending, buffers = ThreadPoolExecutor(1), {}, [{}, {}]
+    reader, pending, buffers, pinned = ThreadPoolExecutor(1), {}, [{}, {}], {}
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(i, ready):
@@ -887,7 +888,11 @@ def offload_blocks(blocks, read, device):
             for name, (tensor, dtype) in read(i).items():
                 if name not in buffer:
                     buffer[name] = torch.empty(tensor.shape, dtype=dtype, device=device)
-                buffer[name].copy_(tensor)
+                if stream:
+                    if name not in pinned:
+                        pinned[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=True)
+                    tensor = pinned[name].copy_(tensor)
+                buffer[name].copy_(tensor, non_blocking=bool(stream))
         if stream:
             stream.synchronize()
         return buffer
@@ -917,6 +922,7 @@ class QuantizedLinear(nn.Module):
     """A Linear with an int8 weight and a scale per output: half the memory of bfloat16.
 
     The product runs in the weight's original dtype, which represents all 255 integers exactly.
+    Rounded weights do not train.
     """
 
     def __init__(self, linear):
@@ -927,9 +933,10 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", scale[:, 0])
         self.bias, self.dtype = linear.bias, linear.weight.dtype
 
+    @torch.no_grad()
     def forward(self, x):
-        y = F.linear(x.to(self.dtype), self.weight.to(self.dtype)) * self.scale
-        return (y + self.bias).to(self.dtype)
+        y = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+        return torch.addcmul(self.bias, y, self.scale, out=y)
 
 
 def quantize_blocks(dit, read, device):

@@ -167,15 +167,16 @@ def rope_table(grid, head_dim, first_frame=0):
 
     Each axis rotates a third of the channels. Time takes the remainder too: 44 + 42 + 42 of 128.
     """
-    positions = torch.cartesian_prod(*map(torch.arange, grid)).double()  # (L, 3)
-    positions[:, 0] += first_frame
     space = 2 * (head_dim // 6)
-    angles = []
+    cosines, sines = [], []
     for axis, width in enumerate((head_dim - 2 * space, space, space)):
+        positions = torch.arange(grid[axis]).double() + (first_frame if axis == 0 else 0)
         frequencies = 10000.0 ** (-torch.arange(0, width, 2).double() / width)
-        angles.append(positions[:, axis, None] * frequencies)
-    angles = torch.cat(angles, dim=1)[:, None]  # (L, 1, d/2)
-    return angles.cos().float(), angles.sin().float()
+        angles = positions[:, None] * frequencies  # (n, width/2), whatever the other positions
+        angles = angles.view(*(n if i == axis else 1 for i, n in enumerate(grid)), -1)
+        cosines.append(angles.cos().float().expand(*grid, -1))
+        sines.append(angles.sin().float().expand(*grid, -1))
+    return tuple(torch.cat(x, dim=-1).flatten(0, 2)[:, None] for x in (cosines, sines))
 
 
 def rotate(x, cos, sin):

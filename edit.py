@@ -1013,7 +1013,7 @@ def end_after_signals():
 
 def is_out_of_memory(error):
     """Whether an error is Python's or torch's for too little memory."""
-    words = "out of memory|not enough memory|allocate memory"
+    words = "out of memory|not enough memory|allocate memory|ALLOC_FAILED"
     by_torch = isinstance(error, RuntimeError) and re.search(words, str(error))
     return isinstance(error, MemoryError) or bool(by_torch)
 
@@ -1022,8 +1022,16 @@ def explain(error):
     """What is wrong, and what would be right, in words; None for a fault of the program."""
     end_after_signals()
     if is_out_of_memory(error):
-        return "out of memory; a smaller --area or fewer --frames need less"
+        return "out of memory; a smaller --area, fewer --frames, --offload or --tile need less"
     return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+
+
+def wait_for(device):
+    """Returns once a CUDA device has done what it was given."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device):
@@ -1031,7 +1039,7 @@ def peak_memory(device):
     if device.startswith("cuda"):
         import torch
 
-        torch.cuda.synchronize(device)
+        wait_for(device)
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
@@ -1052,15 +1060,17 @@ class Phases:
 
     def __call__(self, phase, done, total):
         end_after_signals()
-        now = time.perf_counter()
         if phase != self.phase:
             self.end()
-            self.phase, self.start, self.reported = phase, now, now
+            self.phase, self.start = phase, time.perf_counter()
+            self.reported = self.start
             # disable=None: shown on a terminal only
             self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=None)
         if done == 1:
+            wait_for(self.device)
+        now, self.done = time.perf_counter(), done
+        if done == 1:
             self.first = now - self.start  # seconds of the first step, with the compilation if any
-        self.done = done
         self.bar.update(done - self.bar.n)
         if self.bar.disable and now - self.reported > REPORT_EVERY:
             self.reported = now
@@ -1414,9 +1424,9 @@ def load(args):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     check_device(device)
-    if device.startswith("cuda"):
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    elif args.compile:
+    elif args.compile and not device.startswith("cuda"):
         find_compiler("--compile")
     settings = getattr(torch, args.dtype), args.instructx, args.offload, bool(args.quantize)
     model = InstructX.from_pretrained(args.weights, device, *settings)

@@ -135,7 +135,10 @@ PRESETS = {
 
 
 def attention(q, k, v, mask=None, causal=False):
-    """q (B, T, H, d), k and v (B, S, G, d), mask (B, 1, 1 or T, S) True where seen -> like q."""
+    """q (B, T, H, d), k and v (B, S, G, d) -> like q.
+
+    mask: (B, 1, 1 or T, S), True where seen, or numbers that are added to the scores.
+    """
     if k.shape[2] != q.shape[2]:  # explicit: not every SDPA kernel takes fewer key heads
         k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
         v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
@@ -451,20 +454,24 @@ def mrope_positions(ids, images, videos, config):
     return torch.cat(blocks, dim=1)
 
 
-def left_padding_mask(attention_mask, queries):
-    """(B, L) of 0 (padding) and 1 -> (B, 1, T, T), True where seen; None if nothing is padded.
+def left_padding_mask(attention_mask, queries, like):
+    """(B, L) of 0 (padding) and 1 -> (B, 1, T, T), 0 where seen, else -inf; None: no padding.
 
-    A padding token sees itself. Its softmax over nothing would be NaN, and NaN would spread.
+    A padding token sees itself. Its softmax over nothing would be NaN, and NaN would spread. SDPA
+    would turn True and False into these numbers in each layer, and training would keep them all.
+    It would copy rows, too, unless they lie a multiple of 8 apart. `like` has dtype and device.
     """
     real = attention_mask.bool().cpu()
     if real.all():
         return None  # SDPA's own causal kernel is much faster
     if not real[:, -1].all() or (real[:, :-1] & ~real[:, 1:]).any():
         raise ValueError("attention_mask must be padded on the left: zeros first, then ones")
-    real = F.pad(real, (0, queries), value=True)[:, None]  # (B, 1, T)
-    length = real.shape[-1]
-    causal = torch.ones(length, length).tril().bool()
-    return (causal & real | torch.eye(length).bool())[:, None]
+    real = F.pad(real, (0, queries), value=True).to(like.device)  # (B, T)
+    B, T = real.shape
+    options = {"dtype": torch.bool, "device": like.device}
+    seen = torch.ones(T, T, **options).tril() & real[:, None] | torch.eye(T, **options)  # (B, T, T)
+    bias = like.new_zeros(B, 1, T, -(-T // 8) * 8)[..., :T]
+    return bias.masked_fill_(~seen[:, None], -math.inf)
 
 
 class TiedHead(nn.Module):
@@ -516,14 +523,13 @@ class Qwen2_5_VL(nn.Module):
         Raises ValueError if tokens, pictures, grids and mask do not fit each other.
         """
         count = 0 if queries is None else queries.shape[-2]
-        mask = None if attention_mask is None else left_padding_mask(attention_mask, count)
         grids = image_grid_thw, video_grid_thw
         positions = self.positions(input_ids, attention_mask, *grids, second_per_grid_ts, count)
         x = self.embed(input_ids, pixel_values, pixel_values_videos, *grids)   # (B, L, D)
         if queries is not None:
             queries = queries.to(x).expand(len(x), -1, -1)                     # (B, Q, D)
             x = torch.cat([x, queries], dim=1)                                 # (B, L + Q, D)
-        mask = mask if mask is None else mask.to(x.device)
+        mask = None if attention_mask is None else left_padding_mask(attention_mask, count, x)
         return self.model(x, positions, mask)                                  # (B, L + Q, D)
 
     def embed(self, input_ids, images=None, videos=None, image_grids=None, video_grids=None):

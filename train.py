@@ -47,6 +47,7 @@ import warnings
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 from edit import (
@@ -534,7 +535,8 @@ class Loader:
             samples = []
             for j in range(RANK, len(numbers), PROCESSES):
                 samples.append(self.try_sample(numbers[j], hash_of(self.args.seed, step, i, j)))
-            chunks.append([sample for sample in samples if sample] or [self.blank()])
+            readable = [sample for sample in samples if sample]
+            chunks.append(readable or [self.blank(len(self.pairs.pairs[numbers[0]].references))])
         return video, chunks
 
     def try_sample(self, number, seed):
@@ -562,12 +564,14 @@ class Loader:
                 references.append(self.latents.look_up(path, key, padded))
         return Sample(pair.where, seed, inputs, target, source, references)
 
-    def blank(self):
-        """A sample of weight 0 for a process without any: all processes must take part."""
+    def blank(self, references):
+        """A sample of weight 0 for a process without any: all must take part, in all weights."""
         frames = np.zeros((1, self.pairs.multiple, self.pairs.multiple, 3), np.uint8)
-        picture, inputs = Picture(None, frames, None), self.model.prompt(frames, "")
-        source = picture if self.args.stage > 1 else None
-        return Sample("", 0, inputs, picture, source, [], weight=0.0)
+        picture = Picture(None, frames, None)
+        inputs = self.model.prompt(frames, "", references * [frames[0]])
+        if self.args.stage == 1:
+            return Sample("", 0, inputs, picture, None, [], weight=0.0)
+        return Sample("", 0, inputs, picture, picture, references * [picture], weight=0.0)
 
 
 def hash_of(*values):
@@ -618,7 +622,9 @@ def trainable(model, args):
         part, _, name_in_part = name.partition(".")
         parameter.requires_grad_(name.startswith(trained) or ".lora_" in name)
         if parameter.requires_grad:
-            parameter.data = parameter.data.float().clone()  # a clone: loaded weights map files
+            parameter.data = parameter.data.float()
+            if args.device.type == "cpu":
+                parameter.data = parameter.data.clone()  # loaded weights map files
         elif part == "dit":
             dtype = stored_dtype(name_in_part, parameter.dtype, compute)
             parameter.data = parameter.data.to(dtype)
@@ -714,7 +720,9 @@ def sample_losses(model, latents, samples, video, args):
 def autocast(device, args):
     """The context in which a model computes in --precision; float32 leaves it as it is."""
     compute = getattr(torch, args.precision)
-    return torch.autocast(device.type, compute, enabled=compute != torch.float32)
+    # No cache: no weight is used twice, and the copies would outlast what checkpointing drops.
+    enabled = compute != torch.float32
+    return torch.autocast(device.type, compute, enabled, cache_enabled=False)
 
 
 # The loop.
@@ -818,9 +826,11 @@ def clip_gradients(parameters):
     gradients = [p.grad for p in parameters if p.grad is not None]
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     others = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    if PROCESSES > 1:  # FSDP has averaged those that it sharded
-        for gradient in others:
-            dist.all_reduce(gradient.div_(PROCESSES))
+    if PROCESSES > 1 and others:  # FSDP has averaged those that it sharded
+        flat = torch.cat([gradient.flatten() for gradient in others]).div_(PROCESSES)
+        dist.all_reduce(flat)
+        for gradient, mean in zip(others, flat.split([g.numel() for g in others])):
+            gradient.copy_(mean.view_as(gradient))
     norm = float(get_total_norm(others))
     if sharded:
         norm = math.hypot(norm, float(get_total_norm(sharded).full_tensor()))
@@ -1234,7 +1244,9 @@ def distribute(model, device):
     if PROCESSES > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        # The first process may measure the media of a large set for hours.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
         mesh = init_device_mesh(device.type, (PROCESSES,))
         for module in (*model.dit.blocks, model.dit):
             fully_shard(module, mesh=mesh)

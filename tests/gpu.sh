@@ -14,8 +14,8 @@ mkdir -p "$1"
 results=$(realpath "$1")
 checkpoints=$(realpath -m "${2:-$results/checkpoints}")
 cd "$(dirname "$0")/.." || exit 2
-if ! card=$(python -c 'import torch; print(torch.cuda.get_device_name())' 2> /dev/null); then
-    echo "gpu.sh: torch finds no CUDA device" >&2
+if ! card=$(python -c 'import torch; print(torch.cuda.get_device_name())'); then
+    echo "gpu.sh: torch finds no CUDA device; the last line above says why" >&2
     exit 2
 fi
 card=${card//[^A-Za-z0-9]/-}

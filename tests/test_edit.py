@@ -14,6 +14,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -940,6 +941,43 @@ def test_a_dialogue_by_rows_on_stdin(tiny_weights, rows, tmp_path):
         f"{sys.executable} {SCRIPT} - -o new <&-", shell=True, cwd=tmp_path, capture_output=True
     )
     assert ended.returncode == 0 and not ended.stderr
+
+
+def test_cuda_needs_no_number(monkeypatch):
+    """PyTorch sets a current device by its number only, and people have one GPU and name none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(edit, "check_device", lambda name: None)
+    model = SimpleNamespace(config=SimpleNamespace(guidance=5.0), trained=True)
+    monkeypatch.setattr("connector.InstructX.from_pretrained", lambda *arguments: model)
+    args = edit.parse(["photo.png", "x"])
+    assert edit.load(args) == (model, "cuda") and args.dtype == "bfloat16"
+
+
+class Late:
+    """Stands in for a GPU: work is begun at once, and done when somebody waits for it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.pending = 0.0, 0.0
+        monkeypatch.setattr(edit.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(edit, "wait_for", self.wait_for)
+        monkeypatch.setattr(edit, "peak_memory", self.wait_for)
+
+    def wait_for(self, device):
+        self.now, self.pending = self.now + self.pending, 0.0
+        return 0
+
+
+def test_phases_of_a_device_that_works_on(monkeypatch):
+    """A GPU has done nothing yet when a step returns; each phase must pay for its own work."""
+    gpu, phases = Late(monkeypatch), edit.Phases()
+    for phase, seconds in (("encode", [1.0]), ("denoise", [0.7, 0.5, 0.5])):
+        phases(phase, 0, len(seconds))
+        for done, each in enumerate(seconds, 1):
+            gpu.pending += each
+            phases(phase, done, len(seconds))
+    phases.end()
+    assert [phases.rows[name][0] for name in ("encode", "denoise")] == [1.0, pytest.approx(1.7)]
+    assert "first step 0.70 s, then 0.50 s each" in phases.rows["denoise"][2]
 
 
 def test_failing_rows_of_every_kind(negative, rows, tmp_path, monkeypatch, capsys):

@@ -319,12 +319,16 @@ def test_padded_batch_trains(model):
 
 def test_padding_sees_itself():
     """A token that sees nothing is NaN in some kernels, and NaN times 0 reaches the real ones."""
-    mask = left_padding_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), 1)
+    like = torch.empty(0, dtype=torch.float16)
+    mask = left_padding_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), 1, like)
+    assert mask.dtype == like.dtype and mask.stride(2) == 8
+    assert {*mask.unique().tolist()} == {0, -math.inf}
+    mask = mask == 0
     assert mask.shape == (2, 1, 5, 5) and mask.any(dim=-1).all()
     assert mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
     assert torch.equal(mask[1, 0], torch.ones(5, 5).tril().bool())
-    assert left_padding_mask(torch.ones(2, 4), 1) is None
+    assert left_padding_mask(torch.ones(2, 4), 1, like) is None
 
 
 def test_positions_of_padded_rows_equal_the_release(model, theirs):
