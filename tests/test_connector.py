@@ -1,5 +1,6 @@
 """connector.py: the seams between the four models, and the machines below them, on tiny weights."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -34,6 +35,7 @@ from dit import FLOAT32, WanDiT
 from dit import PRESETS as DIT_PRESETS
 from mllm import Qwen2_5_VL, lora_layers
 from sampler import FlowSampler
+from train import flow_loss
 from vae import WanVAE, to_frames, to_video
 
 TOLERANCE = 2e-5
@@ -657,6 +659,27 @@ def test_run_alone(tiny_weights, tmp_path):
     done = subprocess.run([*command, tmp_path / "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("connector.py: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("frames", [IMAGE, CLIP], ids=["image", "clip"])
+def test_no_tensor_stays_on_the_cpu(folder, monkeypatch, frames):
+    """A GPU takes no tensor of the CPU's in its sums. The meta device does not either."""
+    monkeypatch.setattr(torch, "autocast", lambda *names, **options: contextlib.nullcontext())
+    model = InstructX.from_pretrained(folder).to("meta")
+    with pytest.raises(RuntimeError):
+        torch.ones(2, device="meta") + torch.ones(2)
+    words = ("make it night", "")  # of different lengths, so that one is padded
+    prompts = [model.prompt(frames, text, REFERENCES[:1]) for text in words]
+    context = model.context(model.processor.collate(prompts), len(frames) > 1)
+    source, reference = model.encode(frames), model.encode(REFERENCES[0][None])
+    batch = [torch.cat([x, x]) for x in (source, reference)]
+    velocity = model.velocity(context, batch[0].shape, source, [reference])
+    v = velocity(torch.zeros_like(batch[0]), torch.ones(2, device="meta"))
+    pieces = [*model.vae.decode_stream(source)]
+    data = batch[0], batch[0], batch[1:], torch.ones(2, device="meta"), torch.ones_like(batch[0])
+    flow_loss(model.dit, context, *data, FlowSampler(), change_weight=1.0).sum().backward()
+    gradients = [p.grad for p in model.dit.parameters()]
+    assert {x.device.type for x in (context, v, *pieces, *gradients)} == {"meta"}
 
 
 # Machines: offloading.
