@@ -19,6 +19,7 @@ model that ships 1 + (T-1)/2 and H/4 W/4), L prompt tokens, Q queries, D width o
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -106,15 +107,13 @@ class Connector(nn.Module):
 
     def initialize(self):
         """Initial weights of stage 1: queries from N(0, 0.02), the MLP from PyTorch's defaults."""
-        nn.init.normal_(self.image_queries, std=0.02)
-        nn.init.normal_(self.video_queries, std=0.02)
-        if self.reference_queries is not None:
-            nn.init.normal_(self.reference_queries, std=0.02)
+        for queries in self.parameters(recurse=False):
+            nn.init.normal_(queries, std=0.02)
         return self
 
     def queries(self, is_video, has_reference=False):
         """(Q, D) inputs of the MLLM, in the place of its answer (Kiwi-Edit: in the user's turn)."""
-        if has_reference and self.reference_queries is not None:
+        if has_reference:
             return self.reference_queries
         return self.video_queries if is_video else self.image_queries
 
@@ -316,12 +315,8 @@ class InstructX(nn.Module):
         steps = self.config.steps if steps is None else steps
         context = context[:1] if guidance == 1 else context
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        report = progress and (lambda done: progress("denoise", done, steps))
         velocity = self.velocity(context, (len(context), *shape[1:]), source, references)
-
-        def report(done):
-            if progress:
-                progress("denoise", done, steps)
-
         velocity = guided(velocity, guidance if len(context) == 2 else 1)
         if known is not None:
             velocity = with_known(velocity, known)
@@ -377,10 +372,8 @@ class InstructX(nn.Module):
         """The result of `reference_for_mllm` -> uint8 (H, W, 3) for the DiT."""
         if not self.config.reference_padded:
             return picture
-        size = shape[2], shape[1]
-        return np.asarray(
-            ImageOps.pad(to_pil(picture), size, Image.Resampling.BICUBIC, color="white")
-        )
+        image, size = to_pil(picture), (shape[2], shape[1])
+        return np.asarray(ImageOps.pad(image, size, Image.Resampling.BICUBIC, color="white"))
 
     def multiple(self):
         """Sides are padded to multiples of this number: VAE stride times DiT patch size."""
@@ -424,30 +417,23 @@ class InstructX(nn.Module):
         vae = WanVAE.from_pretrained(folders["vae"], device)
         processor = Processor.from_pretrained(folders.get("processor", folders["mllm"]))
         check_processor(processor, mllm.config, folders["mllm"])
-        is_kiwi = "mllm_config" in folders
-        if not is_kiwi and "instructx" not in folders:
-            model = cls.untrained(mllm, processor, dit, vae, **settings)
-        else:
-            if "instructx" in folders:
-                config = read_config(folders["instructx"] / "config.json")
-            else:
-                config = read_kiwi_config(folders["mllm"])
+        own, is_kiwi = folders.get("instructx"), "mllm_config" in folders
+        if own or is_kiwi:
+            config = read_config(own / "config.json") if own else read_kiwi_config(folders["mllm"])
             config = replace(config, **settings)
-            try:
-                with torch.device("meta"):
-                    connector = Connector(config)
-            except (RuntimeError, TypeError, OverflowError) as error:
-                origin = folders.get("instructx", folders["mllm"])
-                raise ValueError(f"{origin}: {str(error)[:200]}") from None
+            with naming(own or folders["mllm"]), torch.device("meta"):
+                connector = Connector(config)
             if config.lora_rank:
                 add_lora(mllm, config.lora_rank, config.lora_alpha)
             model = cls(config, mllm, processor, connector, dit, vae)
-            if "instructx" in folders:
-                model.load(folders["instructx"] / "model.safetensors", device, dtype)
-            else:
-                model.load_kiwi(folders["mllm"] / KIWI_FILE, device, dtype)
-            if is_kiwi and dit.source_embedding is None:  # a trained DiT has its own
-                model.load_kiwi_embeddings(folders["mllm"].parent, device, dtype)
+        else:
+            model = cls.untrained(mllm, processor, dit, vae, **settings)
+        if own:
+            model.load(own / "model.safetensors", device, dtype)
+        elif is_kiwi:
+            model.load_kiwi(folders["mllm"] / KIWI_FILE, device, dtype)
+        if is_kiwi and dit.source_embedding is None:  # a trained DiT has its own
+            model.load_kiwi_embeddings(folders["mllm"].parent, device, dtype)
         read_dit = partial(dit_block, folders["dit"], dtype)
         if quantize:
             quantize_blocks(model.dit, read_dit, device)
@@ -467,9 +453,8 @@ class InstructX(nn.Module):
         """
         width = dit.config.text_dim or dit.config.dim
         widths = {"mllm_dim": mllm.config.hidden_size, "hidden_dim": width, "context_dim": width}
-        config = InstructXConfig(
-            **widths | {"text_embedding": bool(dit.config.text_dim)} | settings
-        )
+        defaults = widths | {"text_embedding": bool(dit.config.text_dim)}
+        config = InstructXConfig(**defaults | settings)
         weight = dit.patch_embedding.weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -484,48 +469,32 @@ class InstructX(nn.Module):
         prefix = "connector."
         connector = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         lora = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
-        try:
+        with naming(file):
             self.connector.load_state_dict(connector, assign=True)
             if lora or self.config.lora_rank:
                 load_lora(self.mllm, lora)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{file}: {' '.join(str(error).split())[:600]}") from None
 
     def load_kiwi(self, file, device="cpu", dtype=None):
         """Loads the connector from Kiwi-Edit's file. Raises ValueError unless all tensors fit."""
-        tensors = {}
-        for name, tensor in read_safetensors(file, device, dtype).items():
-            for theirs, ours in KIWI_NAMES.items():
-                if name.startswith(theirs):
-                    name = ours + name.removeprefix(theirs)
-                    break
-            tensors[name] = tensor
-        load_strictly(self.connector, tensors, file)
+        tensors = {
+            name.replace("ref_", "reference_").replace("connector.", "mlp."): tensor
+            for name, tensor in read_safetensors(file, device, dtype).items()
+        }
+        with naming(file):
+            self.connector.load_state_dict(tensors, assign=True)
 
     def load_kiwi_embeddings(self, folder, device="cpu", dtype=None):
         """Loads the DiT's embeddings of source and references from Kiwi-Edit's folder.
 
         Raises FileNotFoundError for a missing file, ValueError for one that does not fit.
         """
-        flags = {"source_bias": True, "source_scaled": True}
-        for name, pictures in (("source", "source"), ("ref", "reference")):
-            if name == "ref" and not self.config.reference_queries:
-                continue  # the variant without references
-            embedder = folder / f"{name}_embedder"
-            for file in (embedder / KIWI_FILE, embedder / "config.json"):
-                if not file.is_file():
-                    purpose = f"the DiT sees the {pictures} through it"
-                    raise FileNotFoundError(f"{file} is missing; {purpose}")
-            with torch.device("meta"):
-                embedding = PatchEmbedding(self.dit.config)
-            tensors = read_safetensors(embedder / KIWI_FILE, device, dtype)
-            tensors = {n.removeprefix("patch_embedding."): t for n, t in tensors.items()}
-            load_strictly(embedding, tensors, embedder / KIWI_FILE)
-            setattr(self.dit, f"{pictures}_embedding", embedding)
-            flags[f"{pictures}_embedding"] = True
-            if name == "ref":
-                settings = read_json(embedder / "config.json")
-                flags["references_first"] = bool(settings.get("ref_pad_first"))
+        read = partial(read_kiwi_embedding, config=self.dit.config, device=device, dtype=dtype)
+        flags = {"source_embedding": True, "source_bias": True, "source_scaled": True}
+        self.dit.source_embedding = read(folder / "source_embedder")
+        if self.config.reference_queries:  # else it is the variant without references
+            self.dit.reference_embedding = read(folder / "ref_embedder")
+            first = read_json(folder / "ref_embedder" / "config.json").get("ref_pad_first")
+            flags |= {"reference_embedding": True, "references_first": bool(first)}
         self.dit.config = replace(self.dit.config, **flags)
 
     def save_pretrained(self, folder, dit=False, mllm=False, dtype=None):
@@ -555,33 +524,23 @@ class InstructX(nn.Module):
 
 
 def read_safetensors(file, device, dtype):
-    """{name: tensor} of a file. Raises ValueError if it is damaged."""
-    try:
-        with safe_open(file, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            known = "float32, bfloat16 or float16"
-            raise ValueError(f"{file}: {name} is {tensor.dtype}; it should be {known}")
+    """{name: tensor} of a file. Raises FileNotFoundError, or ValueError if it is damaged."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    tensors = mllm_module.read_tensors(file)  # none of these names is one that it changes
     return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
 
 
-def load_strictly(module, tensors, file):
-    """Loads tensors into a module on the meta device. Raises ValueError unless all fit."""
+@contextlib.contextmanager
+def naming(file):
+    """Errors inside, of sizes or tensors that do not fit, become ValueErrors that name `file`."""
     try:
-        module.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
+        yield
+    except (RuntimeError, TypeError, OverflowError, ValueError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())[:600]}") from None
 
 
 KIWI_FILE = "diffusion_pytorch_model.safetensors"
-KIWI_NAMES = {
-    "ref_queries": "reference_queries",
-    "ref_connector.": "reference_mlp.",
-    "connector.": "mlp.",
-}
 KIWI_SYSTEM = "You will be given an image and instruction. Please describe the content of the image"
 KIWI_SYSTEM += " in detail based on instruction in your own words."
 
@@ -621,6 +580,21 @@ def read_kiwi_config(folder):
         raise ValueError(f"{folder} is no mllm_encoder of Kiwi-Edit: {error!r}") from None
     check_types(config, file)
     return config
+
+
+def read_kiwi_embedding(folder, config, device, dtype):
+    """The embedding of source or references in a folder of Kiwi-Edit's, for a DiT of `config`."""
+    file = folder / KIWI_FILE
+    for needed in (file, folder / "config.json"):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{needed} is missing; the DiT sees pictures through it")
+    tensors = read_safetensors(file, device, dtype)
+    tensors = {n.removeprefix("patch_embedding."): t for n, t in tensors.items()}
+    with naming(file):
+        with torch.device("meta"):
+            embedding = PatchEmbedding(config)
+        embedding.load_state_dict(tensors, assign=True)
+    return embedding
 
 
 def check_frames(frames):
@@ -685,9 +659,8 @@ def watched(velocity, watch):
 def check_finite(tensor, name):
     """Raises FloatingPointError for NaN or infinity, which would become a black picture."""
     if not tensor.isfinite().all():
-        raise FloatingPointError(
-            f"the {name} is not finite (NaN); try dtype float32, or the weights are damaged"
-        )
+        advice = "try dtype float32, or the weights are damaged"
+        raise FloatingPointError(f"the {name} is not finite (NaN); {advice}")
 
 
 def read_config(file):
@@ -781,10 +754,8 @@ def locate(folder, instructx=None):
         problem = "does not exist, or is no folder"
         raise FileNotFoundError(f"{folder} {problem}; it should hold mllm/, dit/ and vae/")
     if (folder / "config.json").is_file() and "hidden_dim" in read_json(folder / "config.json"):
-        raise ValueError(
-            f"{folder} is what training wrote (instructx/); name it by --instructx, and "
-            "the folder with mllm/ and vae/ by --weights"
-        )
+        advice = "name it by --instructx, and the folder with mllm/ and vae/ by --weights"
+        raise ValueError(f"{folder} is what training wrote (instructx/); {advice}")
     candidates = {}
     for file in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):
         config = read_json(file)
@@ -795,13 +766,12 @@ def locate(folder, instructx=None):
     candidates.setdefault("vae", vae_files)
     folders = {}
     for model in ("mllm", "dit", "vae", "instructx"):
-        if (folder / model).is_dir():
-            folders[model] = folder / model
-        elif len(candidates.get(model, [])) > 1:
-            names = ", ".join(map(str, candidates[model]))
+        found = [folder / model] if (folder / model).is_dir() else candidates.get(model, [])
+        if len(found) > 1:
+            names = ", ".join(map(str, found))
             raise ValueError(f"{folder} holds {model} more than once: {names}; name one {model}/")
-        elif candidates.get(model):
-            folders[model] = candidates[model][0]
+        if found:
+            folders[model] = found[0]
     if instructx is not None:
         folders["instructx"] = Path(instructx)
         if not (folders["instructx"] / "config.json").is_file():
@@ -812,9 +782,8 @@ def locate(folder, instructx=None):
             folders[model] = trained
     for model, name in (("mllm", "Qwen2.5-VL"), ("dit", "the DiT"), ("vae", "Wan's VAE")):
         if model not in folders:
-            raise FileNotFoundError(
-                f"{folder} holds no {model}/ with {name} (see weights/README.md)"
-            )
+            missing = f"no {model}/ with {name} (see weights/README.md)"
+            raise FileNotFoundError(f"{folder} holds {missing}")
     encoder_config = folders["mllm"] / "config.json"
     if encoder_config.is_file() and read_json(encoder_config).get("_class_name") == "MLLMEncoder":
         folders["processor"] = folders["mllm"].parent / "processor"
@@ -854,10 +823,8 @@ def dit_block(path, dtype, i):
     """Reads block i from the DiT's files: {name: (tensor, dtype to run in)}."""
     prefix, weights = f"blocks.{i}.", {}
     for name, tensor in dit_module.read_tensors(path, prefix).items():
-        weights[name.removeprefix(prefix)] = (
-            tensor,
-            dit_module.stored_dtype(name, tensor.dtype, dtype),
-        )
+        stored = dit_module.stored_dtype(name, tensor.dtype, dtype)
+        weights[name.removeprefix(prefix)] = tensor, stored
     return weights
 
 
@@ -1030,9 +997,8 @@ def main():
         with torch.inference_mode():
             inputs = model.prompt(frames, "make it night")
             context, source = model.context(inputs, length > 1), model.encode(frames)
-            velocity = model.dit(
-                torch.randn(source.shape), torch.full((1,), 500.0), context, source
-            )
+            z, t = torch.randn(source.shape), torch.full((1,), 500.0)
+            velocity = model.dit(z, t, context, source)
         print(f"\nframes {frames.shape} -> latents {tuple(source.shape)}")
         print(f"prompt {tuple(inputs['input_ids'].shape)} -> context {tuple(context.shape)}")
         print(f"velocity {tuple(velocity.shape)}")

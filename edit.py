@@ -302,15 +302,12 @@ def open_clip(path):
             yield container, tracks[0]
 
 
-def count_frames(path):
-    """How many frames a clip shows. Decodes nothing; raises MediaError if its end is missing."""
-    status = path.stat()
-    return count_in(path, status.st_size, status.st_mtime_ns)
-
-
 @functools.lru_cache(maxsize=16)  # `media_shape` and `read_frames` ask one after the other
-def count_in(path, file_size, changed):
-    """See `count_frames`. `changed` is there for the cache alone: another time, another file."""
+def count_frames(path, file_size, changed):
+    """How many frames a clip shows. Decodes nothing; raises MediaError if its end is missing.
+
+    `changed` is there for the cache alone: another time, another file.
+    """
     total, end, size, has_key_frame = 0, 0.0, 0, False
     with open_clip(path) as (container, track):
         for packet in container.demux():
@@ -438,8 +435,7 @@ def clip_frames(container, track, media, size):
     if bits > 8:
         media.remarks.append(f"has {bits} bits per color, as HDR has; the result has 8")
     layout = "rgba" if transparent else "rgb24"
-    pictures = itertools.chain([first], pictures)
-    for picture in to_rgb(pictures, layout, media):
+    for picture in to_rgb(itertools.chain([first], pictures), layout, media):
         stamp = None if picture.pts is None else picture.pts * picture.time_base
         lasts = (picture.duration or 0) * picture.time_base
         array = picture.to_ndarray()
@@ -480,7 +476,8 @@ def frame_rate(stamps, count, lasts, track):
 def read_clip(path, limit=None, size=None, kept=None):
     """A clip -> Media."""
     media, frames, alphas, stamps = Media(path, None), [], [], []
-    total = count_frames(path)
+    status = path.stat()
+    total = count_frames(path, status.st_size, status.st_mtime_ns)
     with open_clip(path) as (container, track):
         for stamp, lasts, frame, alpha in clip_frames(container, track, media, size):
             if stamp is not None:
@@ -650,9 +647,7 @@ def alpha_for(suffix, source, note):
 def image_writer(path, source=None, note=lambda text: None):
     """Gives write(frame) for an image, as the extension says; arguments as for `clip_writer`."""
     suffix, source = Path(path).suffix.lower(), source or Media(path, None)
-    options = dict(IMAGE_OPTIONS[suffix])
-    if suffix != ".gif":
-        options |= source.profile
+    options = IMAGE_OPTIONS[suffix] | source.profile  # of which PIL writes nothing to a GIF
     try:
         Image.new("RGB", (1, 1)).save(io.BytesIO(), **options)
     except Exception:  # a JPEG has room for 64 KB
@@ -707,26 +702,26 @@ def muxer_options(suffix, loop, lasts):
     """
     if suffix == ".png":
         return {"plays": str(loop), "final_delay": str(lasts.limit_denominator(1000))}
-    if suffix in ANIMATIONS:
-        once = -1 if suffix == ".gif" else 1
-        return {"loop": str(once if loop == 1 else loop)}
-    settings = {"max_interleave_delta": "0"}  # sound waits for pictures, which come much later
-    return settings | ({"movflags": "faststart"} if suffix in (".mp4", ".mov") else {})
+    if suffix == ".gif":  # whose -1 is once, and which has two bytes for hundredths of a second
+        delay = min(round(100 * lasts), 65535)
+        return {"loop": str(-1 if loop == 1 else loop), "final_delay": str(delay)}
+    if suffix == ".webp":
+        return {"loop": str(loop)}
+    return {"max_interleave_delta": "0", "movflags": "faststart"}  # sound waits for later pictures
 
 
 def add_pictures(container, options, shape, fps, tick, source):
     """Adds the picture track of a clip and opens its encoder -> the track."""
     _, codec, layout, settings = options
     height, width = shape[1:3]
+    settings = settings | {"flags": "+bitexact+frame_duration"}
     if codec == "libx264" and source.times:
-        settings = settings | {"bf": "0"}  # B-frames come earlier, and take others' durations along
-    track = container.add_stream(codec, fps, options=dict(settings))
-    context = track.codec_context
-    context.width, context.height, context.pix_fmt = width, height, layout
+        settings["bf"] = "0"  # B-frames come earlier, and take others' durations along
     if codec == "libx264" and (width % 2 or height % 2):
-        context.pix_fmt = "yuv444p"  # colors at half the resolution take even sides
+        layout = "yuv444p"  # colors at half the resolution take even sides
+    track = container.add_stream(codec, fps, settings, width=width, height=height, pix_fmt=layout)
+    context = track.codec_context
     context.time_base, context.thread_count = tick, THREADS
-    context.flags |= av.codec.context.Flags.bitexact
     if layout.startswith("yuv"):
         colors = source.colors or default_colors(width, height)
         context.colorspace, context.color_primaries, context.color_trc = colors
@@ -755,14 +750,6 @@ def encoder_graph(encoder, layout, tick):
     return graph
 
 
-def encode(container, track, pictures, durations):
-    """Writes frames, av.VideoFrame, to a track; None ends it. durations: {ticks: ticks}"""
-    for picture in pictures:
-        for packet in track.encode(picture):
-            packet.duration = durations.get(packet.pts, 1)
-            container.mux(packet)
-
-
 def carry(container, source, codecs, end):
     """Adds tracks of a clip, with what they hold until `end` seconds after frame 0.
 
@@ -772,9 +759,8 @@ def carry(container, source, codecs, end):
         tracks, added = [original.streams[index] for index in codecs], {}
         for track in tracks:
             if codecs[track.index]:
-                sound = {"layout": "stereo", "bit_rate": 192_000}
+                sound = {"layout": "stereo", "bit_rate": 192_000, "options": {"flags": "+bitexact"}}
                 new = container.add_stream(codecs[track.index], 48_000, **sound)
-                new.codec_context.flags |= av.codec.context.Flags.bitexact
             else:
                 new = container.add_stream_from_template(track)
             new.disposition = track.disposition.value  # default, forced, commentary ...
@@ -892,7 +878,6 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
             container.start_encoding()
             layout = "rgba" if transparent else "rgb24"
             graph = encoder_graph(track.codec_context, layout, tick)
-            durations = dict(zip(stamps, np.diff(stamps).tolist()))
             numbers = itertools.count()
 
             def write(frame):
@@ -902,10 +887,13 @@ def clip_writer(path, shape, fps, source=None, note=lambda text: None):
                 frame = without_white(frame, alphas[i]) if transparent else frame
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), layout)
                 picture.pts, picture.time_base = stamps[i], tick
-                encode(container, track, pulled(graph, picture), durations)
+                picture.duration = stamps[i + 1] - stamps[i]
+                for ready in pulled(graph, picture):
+                    container.mux(track.encode(ready))
 
             yield write
-            encode(container, track, [*pulled(graph, None), None], durations)
+            for ready in (*pulled(graph, None), None):
+                container.mux(track.encode(ready))
     except av.FFmpegError as error:
         raise OSError(f"{path} could not be written: {error.strerror}") from None
 
@@ -1068,9 +1056,8 @@ class Phases:
             self.bar = tqdm(desc=f"{phase:10}", total=total, leave=False, disable=None)
         if done == 1:
             wait_for(self.device)
+            self.first = time.perf_counter() - self.start  # the first step, with any compilation
         now, self.done = time.perf_counter(), done
-        if done == 1:
-            self.first = now - self.start  # seconds of the first step, with the compilation if any
         self.bar.update(done - self.bar.n)
         if self.bar.disable and now - self.reported > REPORT_EVERY:
             self.reported = now
@@ -1589,7 +1576,6 @@ class Tally:
         """Counts an edit that was made, and writes down its row."""
         self.seconds.append(seconds)
         name = os.path.relpath(outputs[0], self.file.parent)
-        self.rows[name] = job.row()
         with self.file.open("a") as stream:
             stream.write("\n" + json.dumps({"output": name} | job.row()))  # after a line cut off
         self.answer(output=str(outputs[0]), seconds=round(seconds, 2))
@@ -1609,9 +1595,8 @@ class Tally:
         for key, value in job.row().items():
             if earlier.get(key, value) != value:
                 change = f"{key} was {earlier[key]!r} and is {value!r}"
-                raise ValueError(
-                    f"{outputs[0]} was made of another row ({change}); delete it first"
-                )
+                problem = f"{outputs[0]} was made of another row ({change})"
+                raise ValueError(f"{problem}; delete it first")
         self.kept += 1
         self.answer(output=str(outputs[0]))
         return True
@@ -1754,8 +1739,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         check_arguments(args)
-        if args.area is None:
-            args.area = trained_area(args)
+        args.area = args.area or trained_area(args)
         if args.many:
             sys.exit(edit_many(args))
         job = Job(args.inputs[0], args.instruction, args.ref, args.seed, args.output)

@@ -105,8 +105,7 @@ def settings(arguments=None):
     add("--area", "larger pictures are scaled down to about this many pixels", 480 * 832, count)
     add("--frames", "longer clips are cut to this many frames", 81, count)
     add("--cache", "folder that keeps latents and sizes of media files", **folder)
-    text = f"held-out edits: a loss of the first {HELD_OUT}, pictures of the first {RENDERED}"
-    add("--validate", text, **file)
+    add("--validate", f"held-out edits: loss of {HELD_OUT}, pictures of {RENDERED}", **file)
     add("--validate-every", "steps between validations", 500, count)
 
     group = parser.add_argument_group("stage and objective")
@@ -122,8 +121,7 @@ def settings(arguments=None):
     add("--dit-lora", "rank of LoRA that trains in place of the DiT's weights; 0: none", 0, rank)
 
     group = parser.add_argument_group("optimizer")
-    text = "of the optimizer (default: the paper's, 20000, 20000 and 5000 in stages 1, 2 and 3)"
-    add("--steps", text, type=count)
+    add("--steps", "(default: the paper's 20000, 20000, 5000 in stages 1, 2, 3)", type=count)
     add("--image-batch", "images per step; paper: 128", 16, count)
     add("--video-batch", "clips per step; paper: 32", 4, count)
     add("--micro-batch", "at most so many samples at once, over all processes", 8, count)
@@ -199,8 +197,7 @@ def complete(args):
     for file in [*args.data, *filter(None, [args.validate])]:
         if not file.is_file():  # a pipe could block, and resuming reads the data again
             raise ValueError(f"there is no data file {file}")
-    sampling = {"steps", "shift", "solver"} & args.config.keys()
-    FlowSampler(**{name: args.config[name] for name in sampling})  # raises for unusable values
+    FlowSampler(solver=args.config.get("solver", "unipc"))  # raises for an unknown solver
 
 
 def config_setting(pair):
@@ -395,10 +392,8 @@ class Pairs:
         video, steps_before = self.is_video(step)
         batch, size = self.batch_sizes(video)
         count, chunks = batch // size, len(self.cached_order(video, 0))
-        plan = []
-        for i in range(steps_before * count, (steps_before + 1) * count):
-            plan.append(self.cached_order(video, i // chunks)[i % chunks])
-        return video, plan
+        numbers = range(steps_before * count, (steps_before + 1) * count)
+        return video, [self.cached_order(video, i // chunks)[i % chunks] for i in numbers]
 
 
 def json_hash(value):
@@ -488,15 +483,12 @@ class Latents:
 
     def __call__(self, pictures):
         """[Picture] of one shape -> (B, 16, F, h, w) float32, on the VAE's device."""
+        weight = self.vae.conv1.weight
         for picture in pictures:
-            picture.z = self.encode(picture) if picture.z is None else picture.z
-        device = self.vae.conv1.weight.device
-        return torch.cat([picture.z.to(device) for picture in pictures]).float()
-
-    def encode(self, picture):
-        z = self.vae.encode(to_video(picture.frames, like=self.vae.conv1.weight))
-        self.store(picture, z)
-        return z  # (1, 16, F, h, w)
+            if picture.z is None:
+                picture.z = self.vae.encode(to_video(picture.frames, like=weight))
+                self.store(picture, picture.z)
+        return torch.cat([picture.z.to(weight.device) for picture in pictures]).float()
 
     def store(self, picture, z):
         """Writes latents (1, 16, F, h, w) to the cache, if there is one."""
@@ -569,9 +561,8 @@ class Loader:
         frames = np.zeros((1, self.pairs.multiple, self.pairs.multiple, 3), np.uint8)
         picture = Picture(None, frames, None)
         inputs = self.model.prompt(frames, "", references * [frames[0]])
-        if self.args.stage == 1:
-            return Sample("", 0, inputs, picture, None, [], weight=0.0)
-        return Sample("", 0, inputs, picture, picture, references * [picture], weight=0.0)
+        seen = (None, []) if self.args.stage == 1 else (picture, references * [picture])
+        return Sample("", 0, inputs, picture, *seen, weight=0.0)
 
 
 def hash_of(*values):
@@ -622,9 +613,8 @@ def trainable(model, args):
         part, _, name_in_part = name.partition(".")
         parameter.requires_grad_(name.startswith(trained) or ".lora_" in name)
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            if args.device.type == "cpu":
-                parameter.data = parameter.data.clone()  # loaded weights map files
+            # On the CPU a copy, as loaded weights map files.
+            parameter.data = parameter.data.to(torch.float32, copy=args.device.type == "cpu")
         elif part == "dit":
             dtype = stored_dtype(name_in_part, parameter.dtype, compute)
             parameter.data = parameter.data.to(dtype)
@@ -667,11 +657,8 @@ def learning_rate(step, args, highest):
     if step < args.warmup:
         return highest * ((step + 1) / args.warmup)
     done = min(1, (step + 1 - args.warmup) / max(1, args.steps - args.warmup))
-    if args.schedule == "linear":
-        return highest * (1 - done)
-    if args.schedule == "cosine":
-        return highest * ((1 + math.cos(math.pi * done)) / 2)
-    return highest
+    shares = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return highest * shares[args.schedule]
 
 
 def flow_loss(dit, context, z, source, references, sigma, noise, sampler, change_weight=0.0):
@@ -758,22 +745,11 @@ def train(args, build, validate):
     with stop_signals() as signals:
         for step, (video, chunks) in bar:
             waited = time.perf_counter() - began
-
-            # The gradient of the mean loss over the samples of all processes.
-            count = sum(gather(sum(s.weight for samples in chunks for s in samples)))
-            results = []
-            for samples in chunks:
-                losses = sample_losses(model, loader.latents, samples, video, args)  # (B,)
-                weights = torch.tensor([s.weight for s in samples], device=losses.device)
-                loss = (losses * weights).sum() * PROCESSES / max(1, count)
-                loss.backward()
-                results += zip(samples, losses.detach())
+            rows = add_gradients(model, loader.latents, chunks, video, args)
             norm = clip_gradients(parameters.values())
 
             # One step of the optimizers, skipped unless loss and gradient are finite.
-            rows = [(loss.item(), sample.where) for sample, loss in results if sample.weight]
-            rows = [row for rows_of_process in gather(rows) for row in rows_of_process]
-            loss = sum(loss for loss, _ in rows) / count if rows else math.nan
+            loss = sum(loss for loss, _ in rows) / len(rows) if rows else math.nan
             finite = math.isfinite(loss) and math.isfinite(norm)
             for optimizer, highest in zip(optimizers, (args.lr, args.muon_lr)):
                 for group in optimizer.param_groups:
@@ -819,6 +795,20 @@ def train(args, build, validate):
     if PROCESSES > 1:
         dist.destroy_process_group()
     return result
+
+
+def add_gradients(model, latents, chunks, video, args):
+    """Adds up the gradient of a step's mean loss -> [(loss, where)] of all processes' samples."""
+    count = sum(gather(sum(s.weight for samples in chunks for s in samples)))
+    results = []
+    for samples in chunks:
+        losses = sample_losses(model, latents, samples, video, args)  # (B,)
+        weights = torch.tensor([s.weight for s in samples], device=losses.device)
+        loss = (losses * weights).sum() * PROCESSES / max(1, count)
+        loss.backward()
+        results += zip(samples, losses.detach())
+    rows = [(loss.item(), sample.where) for sample, loss in results if sample.weight]
+    return sum(gather(rows), [])
 
 
 def clip_gradients(parameters):
@@ -1050,8 +1040,7 @@ def smooth(values, parts):
 
 def round_numbers(low, high, logarithmic=False):
     """Some round numbers from low to high: 1, 2 or 5 times a power of ten, or multiples of one."""
-    powers = [10.0**n for n in range(-12, 13)]
-    candidates = [factor * power for power in powers for factor in (1, 2, 5)]
+    candidates = [factor * 10.0**n for n in range(-12, 13) for factor in (1, 2, 5)]
     if logarithmic:
         return [value for value in candidates if low <= value <= high] or [low, high]
     step = next((value for value in candidates if value >= (high - low) / 5), high - low)
@@ -1107,11 +1096,10 @@ class Checkpoints:
         try:
             if IS_FIRST:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            gather(None)  # waits for the folder
+            gather(None)  # waits, since DCP makes the folder anew
             writer = HuggingFaceStorageWriter(partial, save_distributed=True)
             tensors = self.state()
-            dcp.save(tensors, storage_writer=writer, no_dist=PROCESSES == 1)
+            dcp.save(tensors, storage_writer=writer)
             if IS_FIRST:
                 state = {"step": step, "settings": lasting(self.args), "data": self.data_digest}
                 state["tensors"] = len(tensors)
@@ -1175,7 +1163,7 @@ class Checkpoints:
         tensors = self.state()
         if len(tensors) != count:
             raise ValueError(f"{len(tensors)} of {count} tensors are left")
-        dcp.load(tensors, storage_reader=reader, no_dist=PROCESSES == 1)
+        dcp.load(tensors, storage_reader=reader)
         parts = (t.to_local() if isinstance(t, DTensor) else t for t in tensors.values())
         if not all(gather(all(bool(part.isfinite().all()) for part in parts))):
             raise ValueError("its weights are not finite")
@@ -1255,10 +1243,7 @@ def distribute(model, device):
             return lambda z, t: model.dit(z, t, context, source, references)
 
         model.velocity = velocity  # FSDP gathers weights in `forward` alone
-    else:
-        model.dit.to(device)
-    for module in (model.mllm, model.connector, model.vae):
-        module.to(device)
+    model.to(device)
 
 
 def gather(value):
@@ -1291,13 +1276,14 @@ def stop_signals():
 
 @contextlib.contextmanager
 def locked(out):
-    """Keeps other runs out of a folder for as long as this one lives, however it ends."""
+    """Keeps other runs out of a folder while this one lives, and removes what killed ones left."""
     with (out / ".lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             text = f"another run is training in {out}; let it end, or take another --out"
             raise ValueError(text) from None
+        sweep(out)
         yield
 
 
@@ -1314,8 +1300,6 @@ def main(arguments=None, build=build_model, validate=validate):
         complete(args)
         args.out.mkdir(parents=True, exist_ok=True)
         with locked(args.out) if IS_FIRST else contextlib.nullcontext():
-            if IS_FIRST:
-                sweep(args.out)
             result = finished(args) or train(args, build, validate)
         if IS_FIRST:
             print(result)
