@@ -522,14 +522,15 @@ class Qwen2_5_VL(nn.Module):
 
         Raises ValueError if tokens, pictures, grids and mask do not fit each other.
         """
-        count = 0 if queries is None else queries.shape[-2]
+        count, mask = 0 if queries is None else queries.shape[-2], None
+        if attention_mask is not None:
+            mask = left_padding_mask(attention_mask, count, like=self.model.norm.weight)
         grids = image_grid_thw, video_grid_thw
         positions = self.positions(input_ids, attention_mask, *grids, second_per_grid_ts, count)
         x = self.embed(input_ids, pixel_values, pixel_values_videos, *grids)   # (B, L, D)
         if queries is not None:
             queries = queries.to(x).expand(len(x), -1, -1)                     # (B, Q, D)
             x = torch.cat([x, queries], dim=1)                                 # (B, L + Q, D)
-        mask = None if attention_mask is None else left_padding_mask(attention_mask, count, x)
         return self.model(x, positions, mask)                                  # (B, L + Q, D)
 
     def embed(self, input_ids, images=None, videos=None, image_grids=None, video_grids=None):
