@@ -1,7 +1,7 @@
 """Makes the shapes model from nothing: data, base models, the three stages, scores.
 
     python weights/shapes/make.py                # into runs/shapes; the same command goes on there
-    python weights/shapes/make.py score-stage3   # a part and what it needs: half the time
+    python weights/shapes/make.py score-stage3   # a part and what it needs
     python weights/shapes/make.py ship           # puts the result in the place of what ships
 
 Parts run on two cores, two beside each other where neither needs the other. A part that was killed
@@ -39,7 +39,8 @@ DATA = {
     "clips": (1, 3000, 3, ()),
     "hard-clips": (1, 7000, 4, ("hybrid", "swap", "style", "hybrid", "style", "ref_swap", "swap")),
 }
-# Fresh ones for "longer", which would learn the first by heart.
+# Fresh ones for "longer", which would learn the first by heart. It keeps most of those, since the
+# fresh ones have no references.
 ONE_PART = ("style", "swap", "remove", "tone", "color")
 MORE = {
     "more-images": (0, 36000, 5, [kind for one in ONE_PART for kind in ("hybrid", one)]),
@@ -65,7 +66,7 @@ CONFIG = {
 class Part:
     """A piece of the recipe: how long it takes, and what has to be there before."""
 
-    minutes: float  # on one core of two (AMD EPYC with AVX-512), or on both
+    minutes: float  # on one core of two (AMD EPYC; longer: Intel Xeon), or on both
     needs: tuple
     steps: int = 0
     cores: int = 1
@@ -90,7 +91,7 @@ PARTS = {
     "stage2": Part(12, ("stage1",), 1600, 2),
     "stage3": Part(147, ("stage2",), 20000, 2),
     "score-stage3": Part(11, ("stage3",), 0, 2),
-    "longer": Part(315, ("stage3", "more"), 45000, 2),
+    "longer": Part(91, ("stage3", "more"), 10000, 2),
     "score-longer": Part(11, ("longer",), 0, 2),
 }
 # name: (stage of train.py, the part whose result it starts from, datasets)
@@ -98,7 +99,7 @@ STAGES = {
     "stage1": (1, None, ("images", "hard-images")),
     "stage2": (2, "stage1", DATA),
     "stage3": (3, "stage2", DATA),
-    "longer": (3, "stage3", (*DATA, *MORE)),
+    "longer": (3, "stage3", ("images", "clips", "hard-clips", *MORE)),
 }
 
 
