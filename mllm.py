@@ -522,7 +522,8 @@ class Qwen2_5_VL(nn.Module):
 
         Raises ValueError if tokens, pictures, grids and mask do not fit each other.
         """
-        count, mask = 0 if queries is None else queries.shape[-2], None
+        count = 0 if queries is None else queries.shape[-2]
+        mask = None
         if attention_mask is not None:
             mask = left_padding_mask(attention_mask, count, like=self.model.norm.weight)
         grids = image_grid_thw, video_grid_thw
