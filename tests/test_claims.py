@@ -1,5 +1,6 @@
 """claims.py at a tiny size on the weights that ship: arms, data, every experiment run."""
 
+import functools
 import json
 import statistics
 import sys
@@ -57,7 +58,7 @@ def make(out, tmp_path):
         line = claims.command_line(options, arm, stage, seed, tmp_path)
         args = train.settings(line)
         train.complete(args)
-        return args, claims.build(arm, args)
+        return args, claims.build(arm, False, args)
 
     return build
 
@@ -100,7 +101,7 @@ def test_what_an_arm_trains(out, tmp_path, name, stage):
     options, before, models = claims.parse(["a", *TINY, "--out", str(out)]), {}, []
 
     def build(args):
-        model = claims.build(ARMS[name], args)
+        model = claims.build(ARMS[name], False, args)
         before.update({key: value.clone() for key, value in model.state_dict().items()})
         models.append(model)
         return model
@@ -122,19 +123,42 @@ def test_what_an_arm_trains(out, tmp_path, name, stage):
         assert source.any() == (name not in ("zero", "none"))
 
 
+def first_losses(out, folder, name, precision):
+    """The held-out losses at the start of a stage 2, and its first loss."""
+    options = claims.parse(["a", *TINY, "--out", str(out), "--precision", precision])
+    line = claims.command_line(options, ARMS[name], 2, 0, folder)
+    builder = functools.partial(claims.build, ARMS[name], False)
+    assert train.main(line, builder, claims.validate) == 0
+    rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [*rows[0]["held_out"].values(), rows[1]["loss"]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["baseline", "transformer", "qformer"])
 def test_half_precision(out, tmp_path, name):
     """--precision reaches training and validation of every connector, and hardly changes a loss."""
-    losses = []
-    for precision in ("float32", "bfloat16"):
-        options = claims.parse(["a", *TINY, "--out", str(out), "--precision", precision])
-        folder = tmp_path / precision
-        line = claims.command_line(options, ARMS[name], 2, 0, folder)
-        assert train.main(line, lambda args: claims.build(ARMS[name], args), claims.validate) == 0
-        rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses.append([*rows[0]["held_out"].values(), rows[1]["loss"]])
-    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+    whole = first_losses(out, tmp_path / "whole", name, "float32")
+    half = first_losses(out, tmp_path / "half", name, "bfloat16")
+    assert whole == pytest.approx(half, rel=0.02) and whole != half
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled(out, monkeypatch, compiled):
+    """--compile reaches the layers of DiT and MLLM, and nothing is compiled without it."""
+    models, chosen = [], []
+
+    def main(line, builder, validate):
+        args = train.settings(line)
+        train.complete(args)
+        models.append(builder(args))
+        return 1
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(claims, "compile_blocks", chosen.extend)
+    line = ["a", *TINY, "--out", str(out), *["--compile"] * compiled]
+    assert claims.run(claims.parse(line), ARMS["baseline"], 0) == 1
+    layers = [*models[0].dit.blocks, *models[0].mllm.model.layers]
+    assert chosen == (layers if compiled else [])
 
 
 def test_seeds(make):
