@@ -692,7 +692,7 @@ def plot(out, claim, rows):
             for arm in arms:
                 values[arm.label] = [row[key] for row in rows_of(rows, arm.name, group)]
             corner, title = (j * width, i * height), f"{COLUMNS[key][0]}, {group}"
-            dots(draw, corner, title, values, width, height)
+            dots(draw, corner, title, values, width, height, from_zero=key == "success")
     with whole(out / f"claim-{claim}.png") as partial:
         page.save(partial, format="PNG")
 
@@ -702,14 +702,14 @@ def mean_curve(curves):
     return [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves)]
 
 
-def dots(draw, corner, title, columns, width, height):
+def dots(draw, corner, title, columns, width, height, from_zero):
     """One plot: {name: [value]}, a column of dots for each name, with a line at their mean."""
     left, right = corner[0] + 70, corner[0] + width - 20
     top, bottom = corner[1] + 40, corner[1] + height - 40
     columns = {name: values for name, values in columns.items() if values}
     everything = [value for values in columns.values() for value in values]
     low, high = min(everything), max(everything) or 1
-    low = 0 if low < high / 2 or low == high else low
+    low = 0 if from_zero or low < high / 2 or low == high else low
 
     def y_of(value):
         return bottom - 8 - (value - low) / (high - low) * (bottom - top - 16)
