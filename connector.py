@@ -174,7 +174,7 @@ class InstructX(nn.Module):
                 method then returns None.
             start: uint8 (t, H, W, 3), the first frames of the result where they are known, as in
                 a window of a longer clip. The rest goes on from them. t is 1 + a multiple of the
-                VAE's stride in time, 4.
+                VAE's stride in time, 4 at full size.
             watch: called in each step with the result as the model then expects it: latents
                 (1, 16, F, h, w), for `decode`.
 

@@ -1,9 +1,9 @@
 """Edits an image or a clip from the terminal: media in, instruction, media out.
 
-    python edit.py photo.jpg "make it night"         # writes photo-edited.jpg
+    python edit.py photo.jpg "turn the scene into night"  # writes photo-edited.jpg
     python edit.py clip.mp4 "put this hat on the dog" --ref hat.png -o hat.mp4 --steps 30
-    python edit.py photos/*.jpg "make it night" -o night/
-    python edit.py --batch edits.jsonl -o results/   # {"source": "a.mp4", "instruction": "..."}
+    python edit.py photos/*.jpg "turn the scene into night" -o night/
+    python edit.py --batch edits.jsonl -o results/        # {"source": "a.mp4", "instruction": "..."}
 
 The file's content decides between image and clip, not its extension. The result keeps the input's
 size, frame count, times and sound, aligned pixel for pixel, and takes its name once complete.
@@ -1179,7 +1179,7 @@ def parse(argv):
         parser.add_argument(name, action="store_true", help=help)
 
     configured = "(default: what the weights' config.json says; {} where it says nothing)".format
-    help = 'images or videos, and last the instruction, such as "make it night"'
+    help = 'images or videos, and last the instruction, such as "turn the scene into night"'
     add("words", "INPUT", str, help, nargs="*")
     help = "the file to write (default: INPUT's name and -edited), or a folder"
     add("-o --output", "PATH", str, help)
@@ -1238,7 +1238,7 @@ def check_arguments(args):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name what is in it, such as {path}/*.jpg")
         if not path.is_file():
-            expected = "name an image or a video first, and then the instruction in quotes"
+            expected = "images or videos come first, and then the instruction in quotes"
             raise ValueError(f"there is no file {path}; {expected}")
     if args.batch not in (None, STDIN) and not args.batch.is_file():
         raise ValueError(f"there is no file {args.batch}; what comes through a pipe: --batch -")
