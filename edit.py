@@ -3,7 +3,7 @@
     python edit.py photo.jpg "turn the scene into night"  # writes photo-edited.jpg
     python edit.py clip.mp4 "put this hat on the dog" --ref hat.png -o hat.mp4 --steps 30
     python edit.py photos/*.jpg "turn the scene into night" -o night/
-    python edit.py --batch edits.jsonl -o results/        # {"source": "a.mp4", "instruction": "..."}
+    python edit.py --batch edits.jsonl -o results/  # {"source": "a.mp4", "instruction": "..."}
 
 The file's content decides between image and clip, not its extension. The result keeps the input's
 size, frame count, times and sound, aligned pixel for pixel, and takes its name once complete.
