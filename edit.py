@@ -1260,6 +1260,8 @@ def check_arguments(args):
         raise ValueError(f"{args.instruction} is a file or a folder; the instruction comes last")
     if not args.weights.is_dir():
         raise ValueError(f"--weights {args.weights}: there is no such folder")
+    if args.instructx and not args.instructx.is_dir():
+        raise ValueError(f"--instructx {args.instructx}: there is no such folder")
     if read_config(args.weights).get("_class_name") == "InstructX":
         raise ValueError(f"{args.weights} is what train.py wrote: use --instructx {args.weights}")
 
@@ -1470,11 +1472,14 @@ def edit(args, job, outputs, loaded):
     source, references = read_inputs(args, job)
     height, width = source.frames.shape[1:3]
     size = working_size(width, height, args.area)
+    is_small = args.weights == DEFAULT_WEIGHTS and not args.instructx
     if size != (width, height):
         sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
         note(f"{job.source} is edited at {sizes} (see --area)")
-        if args.weights == DEFAULT_WEIGHTS and not args.instructx:
+        if is_small:
             note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
+    if is_small and args.frames > 9 and (args.overlap or len(source.frames) > 9):
+        note_once("weights/shapes knows clips of 9 frames; longer ones take --frames 9 --overlap 5")
     frames = source.frames
     if args.overlap and source.is_video:  # of which the first frame was kept
         frames = each_frame(job.source, args.size)

@@ -573,6 +573,7 @@ BAD = {  # name: (input, arguments, what must be said)
     "reference is missing": (FINE, ["--ref", "missing.png"], "there is no file missing.png"),
     "reference too small": (FINE, ["--ref", png(2, 2)], "too small"),
     "no weights": (FINE, ["--weights", "nowhere"], "nowhere: there is no such folder"),
+    "no trained folder": (FINE, ["--instructx", "nowhere"], "nowhere: there is no such folder"),
     "trained folder as weights": (FINE, ["--weights", trained_folder], "use --instructx"),
     "extension unknown": (
         FINE,

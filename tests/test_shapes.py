@@ -123,6 +123,19 @@ def test_clip_with_sound(tmp_path):
     assert sound(source) == sound(result) != []
 
 
+@pytest.mark.parametrize(
+    "count, options, remarked",
+    [(9, [], False), (10, [], True), (10, ["--frames", 9, "--overlap", 5], False)],
+)
+def test_a_clip_longer_than_it_knows_gets_a_remark(tmp_path, count, options, remarked):
+    first, *others = [Image.new("RGB", (64, 64), (20 * i, 90, 90)) for i in range(count)]
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=others)
+    out = tmp_path / "out.gif"
+    said = edited(tmp_path / "clip.gif", "remove the star", "-o", out, "--steps", 1, *options)
+    assert len(read_frames(out).frames) == count
+    assert ("--frames 9 --overlap 5" in said) == remarked
+
+
 def test_the_reference_decides(tmp_path):
     """A reference that is read but not shown to the model must not swap in the right thing."""
     words = "replace the black triangle with the object in the reference image"
