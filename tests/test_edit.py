@@ -507,7 +507,7 @@ def trained_folder(path):
 FINE = png(32, 32)
 NEITHER = "neither an image nor a video"
 BAD = {  # name: (input, arguments, what must be said)
-    "missing input": (None, [], "there is no file input.png; name an image"),
+    "missing input": (None, [], "there is no file input.png; images or videos come first"),
     "empty file": (lambda path: path.touch(), [], NEITHER),
     "text": (text, [], NEITHER),
     "no frame in it": (lambda path: film(path, *H264, "-t", 0, "-f", "mp4"), [], NEITHER),
