@@ -1473,15 +1473,16 @@ def edit(args, job, outputs, loaded):
     height, width = source.frames.shape[1:3]
     size = working_size(width, height, args.area)
     is_small = args.weights == DEFAULT_WEIGHTS and not args.instructx
+    is_windowed = args.overlap and source.is_video  # of which the first frame was kept
     if size != (width, height):
         sizes = f"{size[0]}x{size[1]} and scaled back to {width}x{height}"
         note(f"{job.source} is edited at {sizes} (see --area)")
         if is_small:
             note_once("weights/shapes knows drawings of simple shapes only; --weights names others")
-    if is_small and args.frames > 9 and (args.overlap or len(source.frames) > 9):
+    if is_small and args.frames > 9 and (is_windowed or len(source.frames) > 9):
         note_once("weights/shapes knows clips of 9 frames; longer ones take --frames 9 --overlap 5")
     frames = source.frames
-    if args.overlap and source.is_video:  # of which the first frame was kept
+    if is_windowed:
         frames = each_frame(job.source, args.size)
     phases, done, results, expected = Phases(), 0, [], []
     with contextlib.ExitStack() as stack:

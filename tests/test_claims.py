@@ -123,23 +123,19 @@ def test_what_an_arm_trains(out, tmp_path, name, stage):
         assert source.any() == (name not in ("zero", "none"))
 
 
-def first_losses(out, folder, name, precision):
-    """The held-out losses at the start of a stage 2, and its first loss."""
-    options = claims.parse(["a", *TINY, "--out", str(out), "--precision", precision])
-    line = claims.command_line(options, ARMS[name], 2, 0, folder)
-    builder = functools.partial(claims.build, ARMS[name], False)
-    assert train.main(line, builder, claims.validate) == 0
-    rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [*rows[0]["held_out"].values(), rows[1]["loss"]]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["baseline", "transformer", "qformer"])
 def test_half_precision(out, tmp_path, name):
     """--precision reaches training and validation of every connector, and hardly changes a loss."""
-    whole = first_losses(out, tmp_path / "whole", name, "float32")
-    half = first_losses(out, tmp_path / "half", name, "bfloat16")
-    assert whole == pytest.approx(half, rel=0.02) and whole != half
+    losses, builder = [], functools.partial(claims.build, ARMS[name], False)
+    for precision in ("float32", "bfloat16"):
+        options = claims.parse(["a", *TINY, "--out", str(out), "--precision", precision])
+        folder = tmp_path / precision
+        line = claims.command_line(options, ARMS[name], 2, 0, folder)
+        assert train.main(line, builder, claims.validate) == 0
+        rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([*rows[0]["held_out"].values(), rows[1]["loss"]])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

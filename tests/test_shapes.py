@@ -136,6 +136,12 @@ def test_a_clip_longer_than_it_knows_gets_a_remark(tmp_path, count, options, rem
     assert ("--frames 9 --overlap 5" in said) == remarked
 
 
+def test_an_image_gets_no_remark_on_clips(tmp_path):
+    out = tmp_path / "out.png"
+    said = edited(EXAMPLE, "remove the star", "-o", out, "--steps", 1, "--overlap", 5)
+    assert "clips" not in said
+
+
 def test_the_reference_decides(tmp_path):
     """A reference that is read but not shown to the model must not swap in the right thing."""
     words = "replace the black triangle with the object in the reference image"
